@@ -1,0 +1,1 @@
+"""Benchmarks: SafeLoader beside the stock class, on the user's own machine."""

@@ -1,0 +1,135 @@
+"""Every option once: default, unit, bounds and environment variable.
+
+An explicit argument wins over the environment variable, which wins over the default. `resolve` is the only way
+to options, so that a bad value always gives the same one-line `ConfigError`, wherever it came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, Final
+
+from safeloader.errors import ConfigError
+
+
+class StartMethod(str, Enum):
+    """How workers come into being."""
+
+    AUTO = "auto"
+    """From the clean nursery; from a nursery forked from the trainer if the loader can't be pickled."""
+    CLEAN = "clean"
+    """Only from the clean nursery."""
+    FORKED = "forked"
+    """Only from a nursery forked from the trainer, as the stock augmenter does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a `SafeAugmenter` can be told beyond the stock constructor; `OPTIONS` documents each.
+
+    Frozen: options of a running pool never change.
+    """
+
+    seed: int | None
+    stream: int
+    name: str
+    max_restarts: int | None
+    restart_window_s: float
+    backoff_first_s: float
+    backoff_max_s: float
+    start_method: StartMethod
+    loader_max_mib: int
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option's documentation and bounds."""
+
+    default: Any
+    kind: type
+    help: str
+    unit: str = ""
+    minimum: float | None = None
+    maximum: float | None = None
+
+    def env(self, name: str) -> str:
+        """The environment variable of the option called `name`."""
+        return f"SAFELOADER_{name.upper()}"
+
+
+OPTIONS: Final[Mapping[str, Option]] = {
+    "seed": Option(
+        None, int, "root seed of the stream; None takes it from `seeds`, or draws one and reports it", minimum=0
+    ),
+    "stream": Option(
+        0, int, "which stream of the root seed: streams never share random numbers", minimum=0, maximum=2**32 - 1
+    ),
+    "name": Option("loader", str, "what messages and process names call this pool"),
+    "max_restarts": Option(
+        None,
+        int,
+        "deaths allowed in the window with no batch delivered in between; None is 5 + 2 x workers",
+        minimum=0,
+    ),
+    "restart_window_s": Option(600.0, float, "window of the restart intensity", "s", minimum=1),
+    "backoff_first_s": Option(
+        0.1, float, "wait before a worker's second restart in a row; it doubles from there", "s", minimum=0
+    ),
+    "backoff_max_s": Option(5.0, float, "longest wait before a restart", "s", minimum=0, maximum=600),
+    "start_method": Option(StartMethod.AUTO, StartMethod, "auto, clean or forked: see the nursery"),
+    "loader_max_mib": Option(
+        256, int, "a loader whose pickle is larger is forked from the trainer instead", "MiB", minimum=0
+    ),
+}
+
+assert set(OPTIONS) == {f.name for f in fields(Options)}, "every option has one field and one entry"
+
+
+def resolve(given: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Options:
+    """Build options from explicit arguments, the environment and the defaults.
+
+    Args:
+        given: explicit arguments by name.
+        environ: the environment to read; None is `os.environ`.
+
+    Raises:
+        ConfigError: an unknown option, or a value of the wrong type or out of bounds.
+    """
+    env = os.environ if environ is None else environ
+    for name in given:
+        if name not in OPTIONS:
+            near = difflib.get_close_matches(name, OPTIONS, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(sorted(OPTIONS))}"
+            raise ConfigError(f"unknown option {name!r}: {hint}")
+    values: dict[str, Any] = {}
+    for name, option in OPTIONS.items():
+        if given.get(name) is not None:
+            values[name] = _checked(option, given[name], source=f"{name}={given[name]!r}")
+        elif env.get(option.env(name)):
+            text = env[option.env(name)]
+            values[name] = _checked(option, text, source=f"{option.env(name)}={text}")
+        else:
+            values[name] = option.default
+    return Options(**values)
+
+
+def _checked(option: Option, value: Any, *, source: str) -> Any:
+    """Convert and bound one value; `source` is how the user wrote it."""
+    converted: Any
+    try:
+        if option.kind is int and (isinstance(value, bool) or (isinstance(value, float) and value % 1)):
+            raise ValueError
+        converted = option.kind(value)
+    except (TypeError, ValueError):
+        expected = " or ".join(m.value for m in option.kind) if issubclass(option.kind, Enum) else option.kind.__name__
+        raise ConfigError(f"{source}: expected {expected} ({option.help})") from None
+    unit = f" {option.unit}" if option.unit else ""
+    if option.minimum is not None and not converted >= option.minimum:
+        raise ConfigError(f"{source}: must be at least {option.minimum:g}{unit} ({option.help})")
+    if option.maximum is not None and not converted <= option.maximum:
+        raise ConfigError(f"{source}: must be at most {option.maximum:g}{unit} ({option.help})")
+    return converted

@@ -1,0 +1,1 @@
+"""The pool: who makes batches, who watches, and what happens when somebody dies. `ARCHITECTURE.md` draws it."""

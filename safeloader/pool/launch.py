@@ -1,0 +1,227 @@
+"""The trainer's side of a nursery: how it is started, what was asked of it, how it ends.
+
+One request (Load or Fork) is under way at a time, so the socket never fills up, whatever the nursery is busy with.
+Used by the supervisor's thread only; the kernel ties the nursery to that thread's life (`process.die_with`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from safeloader import killpoints
+from safeloader.faults.exits import ProcessExit
+from safeloader.pool import process, wire
+from safeloader.pool.work import Work
+
+_BOOTSTRAP: Final = (
+    "import sys; sys.path[:] = sys.argv[4:]; from safeloader.pool.nursery import main; main(sys.argv[1:4])"
+)
+
+_ENVIRONMENT: Final = {
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "NUMEXPR_NUM_THREADS": "1",
+    "NUMEXPR_MAX_THREADS": "1",
+    "BLOSC_NTHREADS": "1",
+    "BLOSC_NUM_THREADS": "1",
+}
+"""One thread a worker: they are many, and a nursery with threads could not be forked safely."""
+
+_ENVIRONMENT_UNLESS_SET: Final = {
+    # glibc gives blocks above the first back to the kernel at once, and the top of the heap above the second; the
+    # worker then pays a page fault per 4 KiB for each transform. 32 MiB is the most that glibc takes for the first.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+    # Sets iterate in the same order in every nursery.
+    "PYTHONHASHSEED": "0",
+}
+
+
+class _Process(Protocol):
+    """What both kinds of nursery process can do."""
+
+    pid: int
+
+    def poll(self) -> ProcessExit | None:
+        """How it ended, or None while it runs."""
+
+
+class _Spawned:
+    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+        self._popen = popen
+        self.pid = popen.pid
+
+    def poll(self) -> ProcessExit | None:
+        code = self._popen.poll()
+        if code is None:
+            return None
+        return ProcessExit.from_wait_status(-code if code < 0 else code << 8)
+
+
+class _Forked:
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self._exit: ProcessExit | None = None
+
+    def poll(self) -> ProcessExit | None:
+        if self._exit is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self._exit = ProcessExit.from_wait_status(status) if ended else None
+        return self._exit
+
+
+@dataclass
+class ForkRequest:
+    """A worker to be forked; the descriptors are closed once they are sent or given up."""
+
+    order: wire.Fork
+    channel: wire.Channel
+    page_fd: int
+
+
+class Nursery:
+    """One nursery process as the trainer sees it.
+
+    Attributes:
+        channel: to the nursery. ready: whether it has said so. pid: its process id.
+        loading: the pool whose loader it is unpickling now, or None.
+    """
+
+    def __init__(self, channel: wire.Channel, process_: _Process, loaded: Sequence[int] = ()) -> None:
+        self.channel = channel
+        self.ready = False
+        self.pid = process_.pid
+        self.loading: int | None = None
+        self._process = process_
+        self._loaded = set(loaded)
+        self._queue: deque[ForkRequest] = deque()
+        self._busy = False
+
+    @classmethod
+    def spawn(cls, generation: int) -> Nursery:
+        """Start a clean one. It does not import the user's script, so that needs no `__main__` guard."""
+        ours, theirs = wire.Channel.pair()
+        environment = {**_ENVIRONMENT_UNLESS_SET, **os.environ, **_ENVIRONMENT}
+        fd = theirs.fileno()
+        popen = subprocess.Popen(
+            [sys.executable, "-c", _BOOTSTRAP, str(fd), str(os.getpid()), str(generation), *sys.path],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            pass_fds=[fd],
+        )
+        theirs.close()
+        killpoints.reach("trainer.step.spawned")
+        return cls(ours, _Spawned(popen))
+
+    @classmethod
+    def fork(cls, pool: int, work: Work, generation: int) -> Nursery:
+        """Start one that has the pool's loader by being a copy of this process."""
+        ours, theirs = wire.Channel.pair()
+        trainer = os.getpid()
+        with warnings.catch_warnings():
+            # Python 3.12 warns that forking a process with threads may deadlock the child. It may; so does the
+            # stock augmenter's fork. The child takes no lock of the trainer's.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            _become_nursery(theirs, ours, {pool: work}, trainer, generation)
+        theirs.close()
+        killpoints.reach("trainer.step.forked")
+        return cls(ours, _Forked(pid), loaded=[pool])
+
+    def request(self, request: ForkRequest) -> None:
+        """Queue a worker; `pump` sends it when its turn has come."""
+        self._queue.append(request)
+
+    def cancel(self, pool: int, worker: int | None = None) -> list[ForkRequest]:
+        """Take back what was requested for a pool (and worker), if it was not sent yet."""
+
+        def meant(request: ForkRequest) -> bool:
+            return request.order.pool == pool and worker in (None, request.order.worker)
+
+        cancelled = [request for request in self._queue if meant(request)]
+        self._queue = deque(request for request in self._queue if not meant(request))
+        return cancelled
+
+    def pump(self, loader_of: Callable[[int], tuple[int, int]]) -> None:
+        """Send the next request, if none is under way. `loader_of(pool)` gives the loader's (fd, nbytes)."""
+        if not self.ready or self._busy or not self._queue:
+            return
+        self._busy = True
+        pool = self._queue[0].order.pool
+        if pool not in self._loaded:
+            fd, nbytes = loader_of(pool)
+            self.loading = pool
+            self.channel.send(wire.Load(pool, nbytes), [fd])
+            return
+        request = self._queue.popleft()
+        self.channel.send(request.order, [request.channel.fileno(), request.page_fd])
+        request.channel.close()
+
+    def answered(self, loaded: int | None = None) -> None:
+        """The request under way was answered."""
+        self._busy = False
+        self.loading = None
+        if loaded is not None:
+            self._loaded.add(loaded)
+
+    def forget(self, pool: int) -> None:
+        """The pool is closed."""
+        if pool in self._loaded:
+            self._loaded.discard(pool)
+            self.channel.send(wire.Unload(pool))
+
+    def poll(self) -> ProcessExit | None:
+        """How it ended, or None while it runs."""
+        return self._process.poll()
+
+    def wait(self, timeout_s: float) -> ProcessExit | None:
+        """How it ended; None if it has not by then. For a process that is known to be ending."""
+        deadline = time.monotonic() + timeout_s
+        while (how := self.poll()) is None and time.monotonic() < deadline:
+            time.sleep(0.001)  # without pidfds (Linux 5.3) a child's end can only be polled with a time limit
+        return how
+
+    def kill(self) -> None:
+        """SIGKILL; the kernel ends its workers with it. Safe: it is our child, so the pid is its own."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """Close our end: the nursery leaves."""
+        self.channel.close()
+        for request in self._queue:
+            request.channel.close()
+        self._queue.clear()
+
+
+def _become_nursery(
+    channel: wire.Channel,
+    trainers_end: wire.Channel,
+    works: dict[int, Work],
+    trainer: int,
+    generation: int,
+) -> None:
+    """In the child: let go of what is the trainer's, and never come back."""
+    try:
+        process.die_with(trainer)
+        process.leave_interrupts_to_trainer()
+        trainers_end.close()  # the other sockets of the trainer's are closed at every fork
+        from safeloader.pool import nursery  # the trainer itself never needs it
+
+        nursery.serve(channel, works, generation=generation, by_value=False)
+    except BaseException:  # noqa: BLE001 - nothing may unwind into the trainer's frames
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        os._exit(1)

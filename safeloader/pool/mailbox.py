@@ -1,0 +1,44 @@
+"""How other threads tell the supervisor's thread something: no lock, so it is safe even from a garbage collection."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+
+
+class Wakeup:
+    """Wakes the supervisor from any thread. Its descriptor lives as long as anybody who might use it."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._pid = os.getpid()
+        weakref.finalize(self, os.close, self.fd).atexit = False
+
+    def set(self) -> None:
+        """Wake it. In a child forked from the trainer this does nothing: the descriptor there is the trainer's."""
+        if os.getpid() == self._pid:
+            os.eventfd_write(self.fd, 1)
+
+    def clear(self) -> None:
+        """Call before looking at what it was woken for."""
+        os.eventfd_read(self.fd)
+
+
+class Mailbox:
+    """Calls that the supervisor's thread is to make."""
+
+    def __init__(self) -> None:
+        self.wakeup = Wakeup()
+        self._calls: deque[Callable[[], None]] = deque()  # appending and popping are atomic
+
+    def post(self, call: Callable[[], None]) -> None:
+        """Have the supervisor's thread make this call."""
+        self._calls.append(call)
+        self.wakeup.set()
+
+    def drain(self) -> Iterator[Callable[[], None]]:
+        """Everything posted until now, and while it is worked off."""
+        while self._calls:
+            yield self._calls.popleft()

@@ -1,0 +1,48 @@
+"""What a nursery or worker does to itself when it starts: signals, name, and its tie to its parent."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+from pathlib import Path
+from typing import Final
+
+from safeloader.faults.exits import ExitCode
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_NAME: Final = 15
+_COMM_CHARS: Final = 15
+_OOM_SCORE_ADJ: Final = 500
+"""Well above the trainer's usual 0: the kernel takes a worker, which can be replaced, before the trainer."""
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with(parent_pid: int) -> None:
+    """Have the kernel kill this process when its parent (strictly: the thread that forked it) ends in any way.
+
+    The parent may have died before the kernel was asked; then this process ends at once.
+    """
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:
+        os._exit(ExitCode.ORPHANED)
+
+
+def set_title(title: str) -> None:
+    """Name the process for `ps`, `top` and `/proc/PID/comm` (15 bytes)."""
+    _libc.prctl(_PR_SET_NAME, title.encode()[:_COMM_CHARS], 0, 0, 0)
+
+
+def leave_interrupts_to_trainer() -> None:
+    """Ignore Ctrl-C, which reaches the whole foreground process group; take all other signals as usual."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def raise_oom_score() -> None:
+    """Offer this process to the OOM killer first; some containers forbid it, which costs only that."""
+    adj = Path("/proc/self/oom_score_adj")
+    with contextlib.suppress(OSError):
+        adj.write_text(str(max(_OOM_SCORE_ADJ, int(adj.read_text()))))

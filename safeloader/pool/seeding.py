@@ -1,0 +1,33 @@
+"""Random numbers for one ticket: they depend on (root seed, stream, ticket) and on nothing else.
+
+NumPy's `SeedSequence` spreads them: https://numpy.org/doc/stable/reference/random/bit_generators/generated/numpy.random.SeedSequence.html
+Streams and tickets are its spawn key, so no two of them share a state, whatever the root seed.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+def root_seed(seeds: Sequence[int | None] | None) -> int:
+    """The root seed that stands for the stock class's `seeds`: the same for the same list, else from entropy."""
+    given = [seed for seed in seeds or () if seed is not None]
+    if not given:
+        entropy = np.random.SeedSequence().entropy
+        assert isinstance(entropy, int)
+        return entropy % 2**64
+    words = np.random.SeedSequence([int(seed) for seed in given]).generate_state(1, np.uint64)
+    return int(words[0])
+
+
+def seed_everything(root: int, stream: int, ticket: int) -> None:
+    """Seed the global generators of `random`, `numpy.random` and torch (CPU) for one ticket."""
+    words = np.random.SeedSequence(root, spawn_key=(stream, ticket)).generate_state(8, np.uint32)
+    np.random.seed(words[:4])
+    random.seed(int.from_bytes(words[4:6].tobytes(), "little"))
+    # Not torch.manual_seed: it also queues a seeding of CUDA, which a worker never touches.
+    torch.default_generator.manual_seed(int.from_bytes(words[6:8].tobytes(), "little"))

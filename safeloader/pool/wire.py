@@ -1,0 +1,252 @@
+"""What the processes say to each other, and the socket that carries it.
+
+Every message is one packet on a private SOCK_SEQPACKET pair: it arrives whole or not at all, so a process that is
+killed in the middle of anything leaves no half message and no lock behind. Batches never pass through here (they
+lie in slots); a packet is a pickled frozen dataclass of well under `MAX_PACKET_NBYTES`.
+
+    trainer ─ Load, Unload, Fork, Kill ────────────────────────────► nursery
+    trainer ◄ NurseryReady, Loaded, LoadFailed, Forked, ForkFailed, Reaped ─ nursery
+    trainer ─ Produce, Forget ─────────────────────────────────────► worker
+    trainer ◄ Ready, Done, Failed, StartFailed ──────────────────────── worker
+"""
+
+from __future__ import annotations
+
+import array
+import pickle
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from safeloader import killpoints
+
+MAX_PACKET_NBYTES: Final = 96 * 1024
+"""Below the kernel's smallest usual socket buffer (net.core.wmem_default, 208 KiB)."""
+MAX_TEXT_CHARS: Final = 16 * 1024
+"""Longest text in a packet (up to 4 bytes a character in UTF-8)."""
+_FDS_NBYTES: Final = socket.CMSG_SPACE(4 * array.array("i").itemsize)
+"""Room for the descriptors of one packet; none has more than two."""
+
+
+class Message:
+    """Base class of everything that a `Channel` carries."""
+
+
+@dataclass(frozen=True)
+class Load(Message):
+    """Trainer → nursery: unpickle the loader in the attached memory file. Fds: the file."""
+
+    pool: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Unload(Message):
+    """Trainer → nursery: the pool is closed, drop its loader."""
+
+    pool: int
+
+
+@dataclass(frozen=True)
+class Fork(Message):
+    """Trainer → nursery: make a worker. Fds: the worker's end of its socket, its status page."""
+
+    pool: int
+    worker: int
+    incarnation: int
+    title: str
+    cwd: str | None
+    seed: int
+    stream: int
+
+
+@dataclass(frozen=True)
+class Kill(Message):
+    """Trainer → nursery: SIGKILL this worker. Only its parent can be sure that the pid is still its own."""
+
+    pool: int
+    worker: int
+    incarnation: int
+
+
+@dataclass(frozen=True)
+class NurseryReady(Message):
+    """Nursery → trainer: imports are done."""
+
+    pid: int
+
+
+@dataclass(frozen=True)
+class Loaded(Message):
+    """Nursery → trainer: the pool's loader is unpickled, workers can be forked."""
+
+    pool: int
+
+
+@dataclass(frozen=True)
+class LoadFailed(Message):
+    """Nursery → trainer: the loader can't be unpickled there."""
+
+    pool: int
+    reason: str
+    traceback: str
+
+
+@dataclass(frozen=True)
+class Forked(Message):
+    """Nursery → trainer: the worker exists."""
+
+    pool: int
+    worker: int
+    incarnation: int
+    pid: int
+
+
+@dataclass(frozen=True)
+class ForkFailed(Message):
+    """Nursery → trainer: the kernel refused to fork."""
+
+    pool: int
+    worker: int
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reaped(Message):
+    """Nursery → trainer: the worker has ended; its memory is unmapped and it writes no more."""
+
+    pool: int
+    worker: int
+    incarnation: int
+    pid: int
+    status: int
+
+
+@dataclass(frozen=True)
+class Produce(Message):
+    """Trainer → worker: make the batch of `ticket` in `slot`. Fds: the slot, if the worker hasn't got it yet."""
+
+    ticket: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Forget(Message):
+    """Trainer → worker: the slot is gone, unmap it."""
+
+    slot: int
+
+
+@dataclass(frozen=True)
+class Ready(Message):
+    """Worker → trainer: started, give me tickets."""
+
+
+@dataclass(frozen=True)
+class Done(Message):
+    """Worker → trainer: the slot holds the ticket's batch. The slot is the trainer's from here on."""
+
+    ticket: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Failed(Message):
+    """Worker → trainer: the slot holds the record of the exception that the ticket ended in."""
+
+    ticket: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class StartFailed(Message):
+    """Worker → trainer: the loader raised before the first ticket."""
+
+    reason: str
+    traceback: str
+
+
+class ChannelClosedError(ConnectionError):
+    """The other end is gone."""
+
+
+class Channel:
+    """One end of a private SOCK_SEQPACKET pair.
+
+    Not thread-safe: each end has one thread that uses it.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    @classmethod
+    def pair(cls) -> tuple[Channel, Channel]:
+        """Two connected ends, both close-on-exec."""
+        a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(a), cls(b)
+
+    def fileno(self) -> int:
+        """The descriptor, for selectors and for sending it to another process."""
+        return self._sock.fileno()
+
+    def send(self, message: Message, fds: Sequence[int] = ()) -> None:
+        """Send one message and, with it, copies of `fds`.
+
+        Raises:
+            ChannelClosedError: the other end is gone.
+        """
+        name = type(message).__name__
+        packet = pickle.dumps(message, protocol=5)
+        killpoints.reach_message("sending", name)
+        try:
+            if fds:
+                socket.send_fds(self._sock, [packet], list(fds))
+            else:
+                self._sock.send(packet)
+        except (BrokenPipeError, ConnectionResetError) as error:
+            raise ChannelClosedError(name) from error
+        killpoints.reach_message("sent", name)
+
+    def receive(self, *, wait: bool = True) -> tuple[Message, list[int]] | None:
+        """The next message and the descriptors that came with it.
+
+        Returns:
+            None if there is none yet (only with `wait=False`).
+
+        Raises:
+            ChannelClosedError: the other end is gone and everything it sent has been received.
+        """
+        flags = socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
+        try:
+            # Not socket.recv_fds: it ignores its flags.
+            packet, ancillary, _, _ = self._sock.recvmsg(MAX_PACKET_NBYTES, _FDS_NBYTES, flags)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError as error:
+            raise ChannelClosedError from error
+        if not packet:
+            raise ChannelClosedError
+        fds = array.array("i")
+        for level, kind, content in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                fds.frombytes(content)
+        message = pickle.loads(packet)
+        assert isinstance(message, Message)
+        killpoints.reach_message("received", type(message).__name__)
+        return message, list(fds)
+
+    def close(self) -> None:
+        """Close this end; the other one sees the end of the stream."""
+        self._sock.close()
+
+    @classmethod
+    def from_fd(cls, fd: int) -> Channel:
+        """Take over a descriptor that was inherited or received."""
+        return cls(socket.socket(fileno=fd))
+
+
+def clip(text: str, limit: int = MAX_TEXT_CHARS) -> str:
+    """Shorten a text for a packet, keeping its end, where tracebacks say what happened."""
+    return text if len(text) <= limit else f"[{len(text) - limit} characters left out]\n{text[-limit:]}"
