@@ -88,7 +88,7 @@ class SafeAugmenter(NonDetMultiThreadedAugmenter):  # type: ignore[misc]  # upst
         self.seed = root_seed(seeds) if self.options.seed is None else self.options.seed
         self._pid = os.getpid()
         self._supervisor: Supervisor | None = None
-        self._ended = threading.Lock()
+        self._changing = threading.Lock()  # one thread at a time starts or ends the pool
         self._closed = False
         self._first_start: float | None = None
         self._past = _Past()
@@ -121,38 +121,41 @@ class SafeAugmenter(NonDetMultiThreadedAugmenter):  # type: ignore[misc]  # upst
             super()._start()
             return
         self._check_process()
-        if self._closed:
-            raise ClosedError(f"this augmenter ({self.options.name}) was closed: make a new one")
-        if self.initialized:
-            return
-        if isinstance(self.generator, DataLoader):
-            self.generator.was_initialized = False
-        self._first_start = time.monotonic() if self._first_start is None else self._first_start
-        self._supervisor, self._pool = open_pool(
-            Work(self.generator, self.transform),
-            self.options,
-            seed=self.seed,
-            workers=self.num_processes,
-            num_cached=self.num_cached,
-            first_ticket=self._past.next_ticket,
-        )
-        self._finalizer = weakref.finalize(self, _abandon, self._supervisor, self._pool, self._pid)
-        self._finalizer.atexit = False
-        self.initialized = True
+        with self._changing:
+            if self._closed:
+                raise ClosedError(f"this augmenter ({self.options.name}) was closed: make a new one")
+            if self.initialized:
+                return
+            if isinstance(self.generator, DataLoader):
+                self.generator.was_initialized = False
+            self._first_start = time.monotonic() if self._first_start is None else self._first_start
+            self._supervisor, self._pool = open_pool(
+                Work(self.generator, self.transform),
+                self.options,
+                seed=self.seed,
+                workers=self.num_processes,
+                num_cached=self.num_cached,
+                first_ticket=self._past.next_ticket,
+            )
+            self._finalizer = weakref.finalize(self, _abandon, self._supervisor, self._pool, self._pid)
+            self._finalizer.atexit = False
+            self.initialized = True
 
     def _finish(self, timeout: float = _FINISH_S, force: bool = False) -> None:  # noqa: ARG002 - upstream's signature
         """End the workers; the next `next()` starts new ones and goes on with the stream."""
         if getattr(self, "_stock", False):
             super()._finish()
             return
-        if not self.initialized or self._pool is None or os.getpid() != self._pid:
+        if not self.initialized or os.getpid() != self._pid:
             return
-        with self._ended:
+        with self._changing:
             supervisor, pool = self._supervisor, self._pool
-            assert supervisor is not None, "it was set together with the pool"
+            if supervisor is None or pool is None:  # another thread was faster
+                return
             if not supervisor.close(pool, timeout):
                 logger.warning("pool %r did not end within %g s; it is left to the kernel", pool.name, timeout)
             self._finalizer.detach()
+            pool.consumer.drop()
             self._past.add(pool)
             self._supervisor = self._pool = None
             self.initialized = False
@@ -175,8 +178,8 @@ class SafeAugmenter(NonDetMultiThreadedAugmenter):  # type: ignore[misc]  # upst
 
     def close(self) -> None:
         """End the workers for good."""
-        self._finish()
         self._closed = True
+        self._finish()
 
     def __enter__(self) -> SafeAugmenter:
         return self
@@ -215,10 +218,9 @@ class SafeAugmenter(NonDetMultiThreadedAugmenter):  # type: ignore[misc]  # upst
 
     def _running(self) -> Pool:
         self._check_process()
-        if not self.initialized:
+        while (pool := self._pool) is None:  # another thread may end it at any time
             self._start()
-        assert self._pool is not None, "it was started"
-        return self._pool
+        return pool
 
     def _check_process(self) -> None:
         if os.getpid() != self._pid:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 ENV: Final = "SAFELOADER_KILL_POINT"
+MARK_ENV: Final = "SAFELOADER_KILL_MARK"
 
 STEPS: Final = (
     "nursery.step.started",
@@ -41,10 +42,14 @@ STEPS: Final = (
 
 @dataclass
 class _Armed:
-    """One armed point: die when `point` is reached for the `nth` time in the first life of `role`."""
+    """One armed point: die when `point` is reached for the `nth` time in the first life of `role`.
+
+    `mark` is a file that is made just before, so that a test knows that the point was reached.
+    """
 
     point: str
-    nth: int
+    nth: int = 1
+    mark: str | None = None
     role: str = "trainer"
     first_life: bool = True
     count: int = 0
@@ -53,6 +58,8 @@ class _Armed:
         if self.first_life and point == self.point:
             self.count += 1
             if self.count == self.nth:
+                if self.mark is not None:
+                    os.close(os.open(self.mark, os.O_CREAT))
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -61,7 +68,7 @@ def _from_environment() -> _Armed | None:
     if not text:
         return None
     point, _, nth = text.partition("@")
-    return _Armed(point, int(nth or 1))
+    return _Armed(point, int(nth or 1), os.environ.get(MARK_ENV))
 
 
 _armed: Final = _from_environment()

@@ -8,11 +8,11 @@ raised here, in `take`, and nowhere else.
 from __future__ import annotations
 
 import contextlib
-import functools
 import mmap
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,55 +20,63 @@ from safeloader import killpoints
 from safeloader.pool import events
 from safeloader.pool.failure import FailureRecord, to_error
 from safeloader.ring import codec
-from safeloader.ring.lease import lease
+from safeloader.ring.lease import Lease, lease
 
 
 def _nowhere(event: events.Event) -> None:
     raise AssertionError(f"the pool is not open: {event}")
 
 
+def _not_open() -> None:
+    raise AssertionError("the pool is not open")
+
+
 @dataclass(frozen=True)
 class _ReadyBatch:
-    slot: int
-    memory: mmap.mmap
+    memory: memoryview
+    """Leased: the slot is let go when it and all views on it are."""
     failed: bool
 
 
 class Consumer:
     """Batches of one pool on their way to the training loop.
 
+    A signal (Ctrl-C in a notebook) may interrupt `take` anywhere: the supervisor never waits for a lock that the
+    training thread takes, and until `next_ticket` moves on nothing has happened, so the next call starts afresh.
+
     Attributes:
         next_ticket: the first ticket that was not delivered yet.
         wait_s: how long `take` has waited, in seconds, all in all.
-        post: tells the machine what was taken and released; set before the first `take`.
+        post: tells the machine what was taken. wake: has `released` asked. Both are set before the first `put`.
     """
 
     def __init__(self, name: str, first_ticket: int, max_leases: int) -> None:
         self.next_ticket = first_ticket
         self.wait_s = 0.0
         self.post: Callable[[events.Event], None] = _nowhere
+        self.wake: Callable[[], None] = _not_open
         self._name = name
         self._max_leases = max_leases
-        self._leased: set[int] = set()  # adding and discarding are atomic: releases come from any thread
+        # Single operations on these are atomic; leases end in any thread.
+        self._leases: dict[int, Lease] = {}  # by slot: of what is ready, and of what was taken
+        self._ended: deque[Lease] = deque()
         self._ready: dict[int, _ReadyBatch] = {}
-        self._error: BaseException | None = None
-        self._changed = threading.Condition()
+        self._errors: list[BaseException] = []
+        self._bell = threading.Lock()  # released: something has changed. Not a Condition: see the class
         self._turn = threading.Lock()  # several threads may take: each gets whole batches
 
     # ---- the supervisor's thread ----
 
     def put(self, ticket: int, slot: int, memory: mmap.mmap, *, failed: bool) -> None:
         """A batch (or, `failed`, the record of an exception) is ready."""
-        with self._changed:
-            self._ready[ticket] = _ReadyBatch(slot, memory, failed)
-            if ticket == self.next_ticket:
-                self._changed.notify_all()
+        leased, self._leases[slot] = lease(memory, slot, self._ended, self.wake)
+        self._ready[ticket] = _ReadyBatch(leased, failed)
+        self._ring()
 
     def fail(self, error: BaseException) -> None:
         """No batch comes after those that are ready; the first error stays."""
-        with self._changed:
-            self._error = self._error or error
-            self._changed.notify_all()
+        self._errors.append(error)
+        self._ring()
 
     @property
     def ready(self) -> int:
@@ -76,9 +84,25 @@ class Consumer:
         return len(self._ready)
 
     def drop(self) -> None:
-        """The pool has ended: forget what nobody took."""
-        with self._changed:
-            self._ready.clear()
+        """The pool is closed: forget what nobody took."""
+        self._ready.clear()
+
+    @property
+    def ended(self) -> int:
+        """How many leases have ended that `released` has not told of yet."""
+        return len(self._ended)
+
+    def released(self) -> Iterator[events.Released]:
+        """The leases that have ended since the last call; each is told once."""
+        while self._ended:
+            slot = self._ended.popleft().slot
+            del self._leases[slot]
+            killpoints.reach("trainer.step.released")
+            yield events.Released(slot)
+
+    def _ring(self) -> None:
+        with contextlib.suppress(RuntimeError):  # it rings already
+            self._bell.release()
 
     # ---- the training thread ----
 
@@ -90,18 +114,16 @@ class Consumer:
         """
         with self._turn:
             ticket = self.next_ticket
+            self._ready.pop(ticket - 1, None)  # still there only if an interrupt came just then
             ready = self._wait_for(ticket)
-            # The ticket counts as delivered before it is announced: from here on it is the caller's.
-            self.next_ticket += 1
-            self.post(events.Taken(ticket))
-            killpoints.reach("trainer.step.taken")
-            memory = self._lease(ready)
-            try:
-                batch = codec.decode(memory, ticket)
-            except Exception as error:
-                self.fail(error)
-                raise
+            taken = sum(held() is not None for held in list(self._leases.values())) - len(self._ready)
+            hoarding = taken >= self._max_leases
+            batch = codec.decode(codec.private_copy(ready.memory) if hoarding else ready.memory, ticket)
             killpoints.reach("trainer.step.decoded")
+            self.post(events.Taken(ticket))  # again after an interrupt: the machine ignores the second
+            killpoints.reach("trainer.step.taken")
+            self.next_ticket = ticket + 1
+            self._ready.pop(ticket, None)
             if ready.failed:
                 assert isinstance(batch, FailureRecord)
                 failure = to_error(batch, ticket, self._name)
@@ -111,29 +133,12 @@ class Consumer:
             return batch
 
     def _wait_for(self, ticket: int) -> _ReadyBatch:
-        with self._changed:
-            if ticket not in self._ready and self._error is None:
-                started = time.monotonic()
-                with contextlib.ExitStack() as stack:
-                    stack.callback(lambda: self._waited(time.monotonic() - started))
-                    self._changed.wait_for(lambda: ticket in self._ready or self._error is not None)
-            ready = self._ready.pop(ticket, None)
-            if ready is None:
-                assert self._error is not None
-                raise self._error
+        started = time.monotonic()
+        try:
+            while (ready := self._ready.get(ticket)) is None:
+                if self._errors:
+                    raise self._errors[0].with_traceback(None)
+                self._bell.acquire()
             return ready
-
-    def _waited(self, seconds: float) -> None:
-        self.wait_s += seconds
-
-    def _lease(self, ready: _ReadyBatch) -> memoryview:
-        hoarding = len(self._leased) >= self._max_leases
-        self._leased.add(ready.slot)
-        memory = lease(ready.memory, functools.partial(self._release, ready.slot))
-        return codec.private_copy(memory) if hoarding else memory
-
-    def _release(self, slot: int) -> None:
-        """Runs wherever garbage is collected: takes no lock."""
-        self._leased.discard(slot)
-        killpoints.reach("trainer.step.released")
-        self.post(events.Released(slot))
+        finally:
+            self.wait_s += time.monotonic() - started

@@ -28,12 +28,14 @@ class Finished:
 class Exited:
     """The worker has ended, or could not be started.
 
-    `proven` means that it certainly writes no more; without proof its slots are discarded.
+    `proven` means that it certainly writes no more; without proof its slots are discarded. `counts` is false for
+    those that went down with another one's death: a nursery's death is one, however many workers it takes along.
     """
 
     worker: int
     incarnation: int
     proven: bool = True
+    counts: bool = True
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ Used by the supervisor's thread only; the kernel ties the nursery to that thread
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -18,13 +19,19 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from safeloader import killpoints
-from safeloader.faults.exits import ProcessExit
+from safeloader.faults.exits import ExitCode, ProcessExit
 from safeloader.pool import process, wire
 from safeloader.pool.work import Work
 
-_BOOTSTRAP: Final = (
-    "import sys; sys.path[:] = sys.argv[4:]; from safeloader.pool.nursery import main; main(sys.argv[1:4])"
-)
+_BOOTSTRAP: Final = f"""\
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, {int(signal.SIGKILL)}, 0, 0, 0)
+os.getppid() == int(sys.argv[2]) or os._exit({int(ExitCode.ORPHANED)})
+sys.path[:] = sys.argv[4:]
+from safeloader.pool.nursery import main
+main(sys.argv[1:4])
+"""
+"""`process.die_with` comes before everything else: the imports take seconds, and the trainer may die in them."""
 
 _ENVIRONMENT: Final = {
     "OMP_NUM_THREADS": "1",
@@ -111,8 +118,9 @@ class Nursery:
     def spawn(cls, generation: int) -> Nursery:
         """Start a clean one. It does not import the user's script, so that needs no `__main__` guard."""
         ours, theirs = wire.Channel.pair()
+        # Above the standard streams, even if the trainer has closed those.
+        fd = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
         environment = {**_ENVIRONMENT_UNLESS_SET, **os.environ, **_ENVIRONMENT}
-        fd = theirs.fileno()
         popen = subprocess.Popen(
             [sys.executable, "-c", _BOOTSTRAP, str(fd), str(os.getpid()), str(generation), *sys.path],
             stdin=subprocess.DEVNULL,
@@ -120,6 +128,7 @@ class Nursery:
             pass_fds=[fd],
         )
         theirs.close()
+        os.close(fd)
         killpoints.reach("trainer.step.spawned")
         return cls(ours, _Spawned(popen))
 

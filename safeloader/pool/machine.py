@@ -23,7 +23,7 @@ READY slots could wait for it for ever.
 Restarts. A death is replaced at once; the same worker's next ones, with no batch by it in between, after a growing
 back-off. If the whole pool dies more than `max_restarts` times in `window_s` with no batch in between, it is given
 up; a worker that dies before it is ready counts towards a smaller limit. A worker that was idle is not evidence
-against the pool, so it does not count.
+against the pool, so it does not count; of the workers that go down with their nursery, one counts.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Machine:
         self._next_ticket = first_ticket
         self._lost: list[int] = []  # a heap
         self._deaths: deque[float] = deque()  # of the pool, since its last batch
-        self._failed_starts = 0  # since anybody got ready
+        self._failed_starts = 0  # since anybody got ready or made a batch
         self._actions: list[Action] = []
 
     # ---- what the supervisor and people may ask ----
@@ -183,8 +183,8 @@ class Machine:
                 self._on_ready(worker, incarnation)
             case Finished():
                 self._on_finished(event)
-            case Exited(worker, incarnation, proven):
-                self._on_exited(worker, incarnation, proven, now)
+            case Exited():
+                self._on_exited(event, now)
             case Taken(ticket):
                 self._on_taken(ticket)
             case Released(slot):
@@ -219,23 +219,24 @@ class Machine:
         worker.assigned.remove((event.ticket, event.slot))
         worker.deaths.clear()
         self._deaths.clear()
+        self._failed_starts = 0
         if self.state is PoolState.RUNNING:
             self._slots[event.slot] = _Slot(SlotState.READY, ticket=event.ticket)
             self._actions.append(Deliver(event.ticket, event.slot, event.failed))
         else:
             self._slots[event.slot] = _Slot()
 
-    def _on_exited(self, index: int, incarnation: int, proven: bool, now: float) -> None:
-        worker = self._current(index, incarnation)
+    def _on_exited(self, event: Exited, now: float) -> None:
+        worker = self._current(event.worker, event.incarnation)
         if worker is None:
             return
         tickets = tuple(ticket for ticket, _ in worker.assigned)
         was_idle = worker.state is WorkerState.READY and not tickets
-        failed_start = worker.state is WorkerState.STARTING
+        failed_start = worker.state is WorkerState.STARTING and event.counts
         for ticket, slot in worker.assigned:
             heapq.heappush(self._lost, ticket)
             self._slots[slot] = _Slot()
-            if not proven:
+            if not event.proven:
                 self._discard(slot)
         worker.assigned.clear()
         worker.state = WorkerState.DOWN
@@ -246,14 +247,15 @@ class Machine:
             while deaths and deaths[0] < now - self.limits.window_s:
                 deaths.popleft()
         worker.deaths.append(now)
-        if not was_idle:
+        if event.counts and not was_idle:
             self._deaths.append(now)
         self._failed_starts += failed_start
         worker.restart_at = now + self._backoff_s(len(worker.deaths))
 
         too_many_starts = self._failed_starts > self.limits.max_failed_starts
         hopeless = too_many_starts or len(self._deaths) > self.limits.max_restarts
-        self._actions.append(Mourn(index, incarnation, tickets, None if hopeless else worker.restart_at - now))
+        restart_in_s = None if hopeless else worker.restart_at - now
+        self._actions.append(Mourn(event.worker, event.incarnation, tickets, restart_in_s))
         if hopeless:
             self._actions.append(
                 GiveUp(self._failed_starts if too_many_starts else len(self._deaths), failed_starts=too_many_starts)
@@ -267,8 +269,9 @@ class Machine:
 
     def _on_released(self, slot_id: int) -> None:
         slot = self._slots.get(slot_id)
-        if slot is not None and slot.state is SlotState.LEASED:
-            slot.state = SlotState.FREE
+        # READY: it was taken and let go so quickly that `Taken` is still to come.
+        if slot is not None and slot.state in (SlotState.READY, SlotState.LEASED):
+            slot.state, slot.ticket = SlotState.FREE, None
 
     def _on_close(self, final: PoolState) -> None:
         if self.state is not PoolState.RUNNING:

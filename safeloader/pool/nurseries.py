@@ -8,6 +8,7 @@ more. Used by the supervisor's thread only.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import selectors
@@ -37,11 +38,12 @@ _Key = int | None
 
 @dataclass
 class _Orphans:
-    """Workers whose nursery died, or could not be started."""
+    """Workers whose nursery died, or could not be started; all but one of the first are `spared` in the counting."""
 
     lives: list[Life]
     deadline: float
     cause: str
+    spared: tuple[Life, ...] = ()
 
 
 class Nurseries:
@@ -137,9 +139,9 @@ class Nurseries:
         return tuple(nursery.pid for nursery in list(self._running.values()))
 
     def close_channels(self) -> None:
-        """In a child forked from the trainer: let go of the trainer's sockets."""
-        for nursery in self._running.values():
-            nursery.channel.close()
+        """In a child forked from the trainer: let go of the trainer's sockets, and of those not sent to workers yet."""
+        for nursery in [*self._running.values(), *(nursery for nursery, _ in self._leaving)]:
+            nursery.close()
 
     # ---- nurseries ----
 
@@ -167,7 +169,8 @@ class Nurseries:
         if nursery is not None:
             self._selector.unregister(nursery.channel)
             nursery.close()
-            self._leaving.append((nursery, time.monotonic() + _PATIENCE_S))
+            # One that is not ready yet would see it only after its imports, seconds later.
+            self._leaving.append((nursery, time.monotonic() + (_PATIENCE_S if nursery.ready else 0.0)))
 
     def _on_nursery(self, key: _Key) -> None:
         nursery = self._running[key]
@@ -240,7 +243,9 @@ class Nurseries:
             cause = f"went down with its nursery (pid {nursery.pid}), which {what}{during}"
             if lives:
                 pool.on_nursery_death(nursery.pid, how or ProcessExit(), f"{what}{during}")
-                self._orphans.append(_Orphans(lives, time.monotonic() + _ORPHANS_S, cause))
+                # A loader that kills whoever unpickles it will do so again: then all count, and it ends soon.
+                spared = () if during else tuple(lives[1:])
+                self._orphans.append(_Orphans(lives, time.monotonic() + _ORPHANS_S, cause, spared))
 
     # ---- workers ----
 
@@ -259,7 +264,13 @@ class Nurseries:
             waiting = [life for life in orphans.lives if not (life.silent or late)]
             for life in orphans.lives:
                 if life not in waiting:
-                    how = ProcessExit()
-                    life.pool.on_gone(life.worker, life.incarnation, how, proven=life.silent, cause=orphans.cause)
+                    life.pool.on_gone(
+                        life.worker,
+                        life.incarnation,
+                        ProcessExit(),
+                        proven=life.silent,
+                        counts=not any(life is spared for spared in orphans.spared),
+                        cause=orphans.cause,
+                    )
             if waiting:
-                self._orphans.append(_Orphans(waiting, orphans.deadline, orphans.cause))
+                self._orphans.append(dataclasses.replace(orphans, lives=waiting))

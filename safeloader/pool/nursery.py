@@ -25,6 +25,7 @@ from safeloader import killpoints
 from safeloader.faults.exits import ExitCode
 from safeloader.pool import process, wire, worker
 from safeloader.pool.failure import describe, format_remote
+from safeloader.pool.seeding import seed_everything
 from safeloader.pool.work import Work, unpack
 from safeloader.ring.memfile import MemoryFile
 from safeloader.ring.status_page import StatusPage
@@ -36,7 +37,8 @@ def main(argv: list[str]) -> NoReturn:
     process.die_with(trainer_pid)
     process.leave_interrupts_to_trainer()
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        if stream is not None:  # a daemon may have none
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     serve(wire.Channel.from_fd(fd), {}, generation=generation, by_value=True)
 
 
@@ -54,6 +56,7 @@ def serve(channel: wire.Channel, works: dict[int, Work], *, generation: int, by_
     killpoints.enter("nursery", first_life=generation == 0)
     killpoints.reach("nursery.step.started")
     torch.set_num_threads(1)
+    seed_everything(0, 0, 0)  # imports what seeding needs once, here, and not in every worker
     with threadpool_limits(limits=1, user_api=None):
         try:
             _Nursery(channel, works, by_value=by_value).run()

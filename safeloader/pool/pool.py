@@ -17,6 +17,7 @@ from typing import Final, Protocol
 
 import psutil
 
+from safeloader import killpoints
 from safeloader.config import Options
 from safeloader.errors import ClosedError
 from safeloader.faults.exits import ProcessExit
@@ -126,8 +127,8 @@ class Pool:
 
     def step(self, *happened: events.Event) -> None:
         """Feed the machine and do what it says; what that causes at once is fed as well."""
-        queue = deque(happened)
         with self.lock:
+            queue = deque([*self.consumer.released(), *happened])
             while queue:
                 for action in self.machine.handle(queue.popleft(), time.monotonic()):
                     try:
@@ -136,8 +137,8 @@ class Pool:
                         self.consumer.fail(records.out_of_resources(self.name, error))
                         queue.append(events.Close(failed=True))
                         break
-            if self.machine.stopped and not self.lives:
-                self.consumer.drop()
+            if self.machine.state is machine.PoolState.CLOSED:
+                self.consumer.drop()  # after a failure, what is ready is still delivered
 
     def on_forked(self, message: wire.Forked) -> None:
         """The nursery has made a worker."""
@@ -155,16 +156,23 @@ class Pool:
             self.step(*said)
 
     def on_gone(
-        self, worker: int, incarnation: int, how: ProcessExit, *, proven: bool, cause: str | None = None
+        self,
+        worker: int,
+        incarnation: int,
+        how: ProcessExit,
+        *,
+        proven: bool,
+        counts: bool = True,
+        cause: str | None = None,
     ) -> None:
-        """A worker has ended. What it said before still counts, and is taken in first."""
+        """A worker has ended. What it said before is taken in first. `proven`, `counts`: see `events.Exited`."""
         with self.lock:
             life = self._life(worker, incarnation)
             if life is None:
                 return
             said = self._drain(life)
             life.exit, life.cause = how, cause
-            self.step(*said, events.Exited(worker, incarnation, proven))
+            self.step(*said, events.Exited(worker, incarnation, proven, counts))
             self._bury(life)
             self.step(events.Tick())
 
@@ -184,6 +192,7 @@ class Pool:
 
     def close(self) -> None:
         """End the stream on request."""
+        killpoints.reach("trainer.step.closing")
         self.consumer.fail(ClosedError(f"pool {self.name!r} is closed"))
         self.step(events.Close())
 
@@ -197,7 +206,6 @@ class Pool:
             self._slots.clear()
             if self.packed is not None:
                 self.packed[0].close()
-            self.consumer.drop()
         self.finished.set()
 
     # ---- any thread ----
@@ -231,7 +239,9 @@ class Pool:
     def slots(self) -> dict[str, int]:
         """How many slots are free, filling, ready and leased."""
         with self.lock:
-            return {state.name.lower(): count for state, count in self.machine.slots().items()}
+            counts = {state.name.lower(): count for state, count in self.machine.slots().items()}
+            ended = min(self.consumer.ended, counts["leased"])  # the machine will hear of it with the next event
+            return {**counts, "leased": counts["leased"] - ended, "free": counts["free"] + ended}
 
     # ---- actions ----
 
@@ -256,7 +266,7 @@ class Pool:
             case events.CreateSlot(slot):
                 self._slots[slot] = MemoryFile.create(f"safeloader-slot-{slot}")
             case events.DiscardSlot(slot) if slot in self._slots:
-                self._discard(slot)
+                self._slots.pop(slot).close()
             case events.Deliver(ticket, slot, failed):
                 self.consumer.put(ticket, slot, self._slots[slot].map(), failed=failed)
             case events.Mourn():
@@ -299,14 +309,6 @@ class Pool:
         life.known_slots.add(slot)
         with contextlib.suppress(wire.ChannelClosedError):  # its exit is on the way, and brings the ticket back
             life.channel.send(wire.Produce(ticket, slot), fds)
-
-    def _discard(self, slot: int) -> None:
-        self._slots.pop(slot).close()
-        for life in self.lives.values():
-            if slot in life.known_slots:
-                life.known_slots.discard(slot)
-                with contextlib.suppress(wire.ChannelClosedError):
-                    life.channel.send(wire.Forget(slot))
 
     def _drain(self, life: Life) -> list[events.Event]:
         """Everything that the worker has said since."""

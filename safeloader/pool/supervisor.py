@@ -210,6 +210,7 @@ def open_pool(
         consumer = Consumer(options.name, first_ticket, limits.max_leases)
         pool = Pool(next(Supervisor._numbers), options, limits, seed=seed, work=work, packed=packed, consumer=consumer)
         consumer.post = lambda event: supervisor.mailbox.post(lambda: pool.step(event))
+        consumer.wake = supervisor.mailbox.wakeup.set
         supervisor.open(pool)
     return supervisor, pool
 

@@ -6,7 +6,7 @@ lie in slots); a packet is a pickled frozen dataclass of well under `MAX_PACKET_
 
     trainer ─ Load, Unload, Fork, Kill ────────────────────────────► nursery
     trainer ◄ NurseryReady, Loaded, LoadFailed, Forked, ForkFailed, Reaped ─ nursery
-    trainer ─ Produce, Forget ─────────────────────────────────────► worker
+    trainer ─ Produce ─────────────────────────────────────────────► worker
     trainer ◄ Ready, Done, Failed, StartFailed ──────────────────────── worker
 """
 
@@ -133,13 +133,6 @@ class Produce(Message):
 
 
 @dataclass(frozen=True)
-class Forget(Message):
-    """Trainer → worker: the slot is gone, unmap it."""
-
-    slot: int
-
-
-@dataclass(frozen=True)
 class Ready(Message):
     """Worker → trainer: started, give me tickets."""
 
@@ -166,6 +159,26 @@ class StartFailed(Message):
 
     reason: str
     traceback: str
+
+
+ROUTES: Final[dict[type[Message], tuple[str, str]]] = {
+    Load: ("trainer", "nursery"),
+    Unload: ("trainer", "nursery"),
+    Fork: ("trainer", "nursery"),
+    Kill: ("trainer", "nursery"),
+    NurseryReady: ("nursery", "trainer"),
+    Loaded: ("nursery", "trainer"),
+    LoadFailed: ("nursery", "trainer"),
+    Forked: ("nursery", "trainer"),
+    ForkFailed: ("nursery", "trainer"),
+    Reaped: ("nursery", "trainer"),
+    Produce: ("trainer", "worker"),
+    Ready: ("worker", "trainer"),
+    Done: ("worker", "trainer"),
+    Failed: ("worker", "trainer"),
+    StartFailed: ("worker", "trainer"),
+}
+"""Who sends each message to whom."""
 
 
 class ChannelClosedError(ConnectionError):

@@ -63,13 +63,11 @@ class _Worker:
             self._enter(Stage.IDLE)
             received = self._channel.receive()
             assert received is not None, "a waiting receive returns a message or raises"
-            match received:
-                case (wire.Produce(ticket, slot), fds):
-                    if fds:
-                        self._slots[slot] = MemoryFile(fds[0])
-                    self._produce(ticket, slot)
-                case (wire.Forget(slot), _):
-                    self._slots.pop(slot).close()
+            order, fds = received
+            assert isinstance(order, wire.Produce), "workers are asked for nothing else"
+            if fds:
+                self._slots[order.slot] = MemoryFile(fds[0])
+            self._produce(order.ticket, order.slot)
 
     def _start(self) -> None:
         """What the stock worker does first: its own folder and thread id, and a loader at its beginning."""
@@ -80,7 +78,7 @@ class _Worker:
         try:
             if hasattr(self._work.loader, "set_thread_id"):
                 self._work.loader.set_thread_id(self._order.worker)
-        except Exception as error:  # noqa: BLE001 - the worker's outermost boundary: the trainer raises it
+        except BaseException as error:  # noqa: BLE001 - the worker's outermost boundary: the trainer raises it
             kind, text = describe(error)
             self._channel.send(wire.StartFailed(f"{kind}: {text}", format_remote(error)))
             os._exit(ExitCode.START_FAILED)
@@ -103,8 +101,9 @@ class _Worker:
             done = wire.Failed(ticket, slot)
         finally:
             # What the user's code printed must not wait in a buffer for a SIGKILL.
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(AttributeError, OSError, ValueError):  # a daemon may have closed them
+                    stream.flush()
         self._batches += 1
         self._case = None
         self._channel.send(done)

@@ -174,7 +174,9 @@ def _reduce_tensor(tensor: torch.Tensor) -> tuple[Callable[..., Any], tuple[Any,
         order = list(range(tensor.dim()))
         tensor = tensor.contiguous()
     dense = tensor.permute(order)
-    raw = pickle.PickleBuffer(dense.reshape(-1).view(torch.uint8).numpy().data) if dense.numel() else None
+    # Not reshape(-1): of a single element it keeps whatever stride that had.
+    flat = dense.as_strided((dense.numel(),), (1,))
+    raw = pickle.PickleBuffer(flat.view(torch.uint8).numpy().data) if dense.numel() else None
     return _rebuild_tensor, (raw, tensor.dtype, tuple(dense.shape), tuple(order))
 
 

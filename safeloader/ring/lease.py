@@ -8,17 +8,33 @@ from __future__ import annotations
 
 import mmap
 import weakref
+from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 
-def lease(memory: mmap.mmap, on_release: Callable[[], None]) -> memoryview:
-    """A writable view on a slot's memory; `on_release` runs once when nothing refers to it any more.
+class Lease(weakref.ref[Any]):
+    """A weak reference to the memory of `slot`: dead when nothing refers to that any more."""
 
-    Every buffer sliced from the view holds it, and with it the mapping. `on_release` may run in any thread, at any
-    moment at which Python collects garbage: it must take no lock.
+    __slots__ = ("_alarm", "slot")
+
+    slot: int
+    _alarm: weakref.ref[Any]
+
+
+def lease(
+    memory: mmap.mmap, slot: int, ended: deque[Lease], alarm: Callable[[], None]
+) -> tuple[memoryview, Lease]:
+    """A writable view on a slot's memory, and the lease on it, which adds itself to `ended` when it ends.
+
+    Every buffer sliced from the view holds it, and with it the mapping. It may end in any thread, at any moment at
+    which Python collects garbage. Adding it takes no line of Python, so no signal (Ctrl-C in a notebook) can
+    interrupt it half-way and lose the slot. `alarm` is called then, too; it must take no lock, and may get lost.
     """
     root = np.frombuffer(memory, dtype=np.uint8)
-    weakref.finalize(root, on_release).atexit = False
-    return root.data
+    heard = weakref.ref(root, lambda _: alarm())
+    held = Lease(root, ended.append)  # the newest reference is told first
+    held.slot, held._alarm = slot, heard
+    return root.data, held

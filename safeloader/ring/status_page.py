@@ -91,6 +91,7 @@ class StatusPage:
     def close(self) -> None:
         """Close this side's descriptor and mapping."""
         self._file.close()
+        del self._map  # the mapping goes now, not when somebody drops the page
 
     def _write(self, status: Status) -> None:
         case = (status.case or "").encode()[:_MAX_CASE_NBYTES]

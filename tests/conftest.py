@@ -1,0 +1,82 @@
+"""Every test leaves the process as it found it: no child, descriptor, thread or mapping of ours stays behind."""
+
+from __future__ import annotations
+
+import gc
+import mmap
+import os
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from safeloader import SafeAugmenter
+from safeloader.pool.consumer import Consumer
+from safeloader.pool.supervisor import Supervisor
+from safeloader.testing import wait_until
+from tests.loaders import RandomLoader
+
+
+def _children() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def _descriptors() -> Counter[str]:
+    links: Counter[str] = Counter()
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            links[os.readlink(f"/proc/self/fd/{fd}").partition(":[")[0]] += 1
+        except FileNotFoundError:  # the descriptor of this listing itself
+            continue
+    return links
+
+
+def _mappings() -> Counter[str]:
+    return Counter(re.findall(r"memfd:(safeloader\S*)", Path("/proc/self/maps").read_text()))
+
+
+def _holders() -> list[str]:
+    """Who refers to what our memory is seen through: what to look at when a mapping stays."""
+    seen = [thing for thing in gc.get_objects() if type(thing) in (mmap.mmap, memoryview, Consumer)]
+    return [
+        f"{type(thing).__name__} <- {type(r).__name__} {str(r)[:200]}"
+        for thing in seen
+        for r in gc.get_referrers(thing)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind() -> Iterator[None]:
+    children, threads, descriptors = _children(), set(threading.enumerate()), _descriptors()
+    mappings = _mappings()
+    in_shm = set(os.listdir("/dev/shm"))
+    yield
+
+    def left() -> dict[str, object]:
+        gc.collect()
+        found: dict[str, object] = {
+            "children": _children() - children,
+            "threads": {t for t in threading.enumerate() if t.is_alive()} - threads,
+            "descriptors": _descriptors() - descriptors,
+            "mappings": _mappings() - mappings,
+            "/dev/shm": {name for name in set(os.listdir("/dev/shm")) - in_shm if "safeloader" in name},
+        }
+        return {what: value for what, value in found.items() if value}
+
+    try:
+        wait_until(lambda: not left(), timeout_s=5)
+    except TimeoutError:
+        pytest.fail(f"left behind: {left()}\n" + "\n".join(_holders()))
+
+
+@pytest.fixture(scope="module")
+def warm_nursery() -> Iterator[None]:
+    """A clean nursery that all tests of the module share: starting one takes seconds."""
+    with Supervisor.hold():
+        with SafeAugmenter(RandomLoader(), None, 1, 1) as augmenter:
+            next(augmenter)
+        yield

@@ -1,0 +1,160 @@
+"""Loaders that the tests share. They live in a module of their own, so that they are pickled by name."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import random
+import signal
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class RandomLoader:
+    """An endless loader whose batch shows all three random streams. `data` is `(b, c, z, y, x)` float32."""
+
+    def __init__(self, shape: tuple[int, ...] = (2, 1, 8, 8, 8)) -> None:
+        self.shape = shape
+        self.thread_id = 0
+
+    def set_thread_id(self, thread_id: int) -> None:
+        self.thread_id = thread_id
+
+    def __iter__(self) -> RandomLoader:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        return {
+            "data": torch.randn(self.shape),
+            "seg": np.random.randint(0, 3, self.shape).astype(np.int16),
+            "draw": random.random(),
+            "keys": [f"case_{np.random.randint(100):03d}" for _ in range(2)],
+        }
+
+
+def fingerprint(batch: dict[str, Any]) -> tuple[bytes, bytes, float, tuple[str, ...]]:
+    """Everything in a `RandomLoader`'s batch, bit for bit."""
+    return batch["data"].numpy().tobytes(), batch["seg"].tobytes(), batch["draw"], tuple(batch["keys"])
+
+
+class Saboteur(RandomLoader):
+    """A `RandomLoader` during which one process, once, does its `deed`: in the given stage, on its second batch.
+
+    `marker` is a file that the first to strike creates, so that its replacement survives. `transform` is the
+    transform that belongs to it.
+    """
+
+    def __init__(self, deed: Callable[[], object], stage: str, marker: Path) -> None:
+        super().__init__()
+        self.deed, self.stage, self.marker = deed, stage, marker
+        self.made = 0
+
+    def strike(self, stage: str) -> None:
+        if stage == self.stage and (stage == "starting" or self.made > 1):
+            try:
+                self.marker.touch(exist_ok=False)
+            except FileExistsError:
+                return
+            self.deed()
+
+    def set_thread_id(self, thread_id: int) -> None:
+        super().set_thread_id(thread_id)
+        self.strike("starting")
+
+    def __next__(self) -> dict[str, Any]:
+        self.made += 1
+        self.strike("loading")
+        return {**super().__next__(), "saboteur": self}
+
+    @staticmethod
+    def transform(saboteur: Saboteur, **batch: Any) -> dict[str, Any]:
+        saboteur.strike("transforming")
+        return {**batch, "meta": ["nested", {"bomb": Bomb(saboteur)}]}
+
+
+class Bomb:
+    """Strikes while it is pickled, and arrives as its loader's number of batches."""
+
+    def __init__(self, saboteur: Saboteur) -> None:
+        self.saboteur = saboteur
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        self.saboteur.strike("encoding")
+        return int, (self.saboteur.made,)
+
+
+class Deadly(RandomLoader):
+    """Does its `deed` every time in the given stage, "starting" or "loading"."""
+
+    def __init__(self, deed: Callable[[], object], stage: str) -> None:
+        super().__init__()
+        self.deed, self.stage = deed, stage
+
+    def set_thread_id(self, thread_id: int) -> None:
+        super().set_thread_id(thread_id)
+        if self.stage == "starting":
+            self.deed()
+
+    def __next__(self) -> dict[str, Any]:
+        if self.stage == "loading":
+            self.deed()
+        return super().__next__()
+
+
+class DeadlyOncePerBatch(RandomLoader):
+    """Whoever makes a batch first dies of it; about every second batch is one of those."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __next__(self) -> dict[str, Any]:
+        state = np.random.get_state(legacy=False)["state"]["key"][
+            1:3
+        ]  # follows from the ticket; drawing would change it
+        if state[0] % 2:
+            try:
+                (self.folder / f"{state[0]}-{state[1]}").touch(exist_ok=False)
+            except FileExistsError:
+                pass
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().__next__()
+
+
+# ---- deeds ----
+
+
+def send_self(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def read_null() -> None:
+    ctypes.string_at(0)
+
+
+def read_truncated_mmap() -> None:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(8192)
+        with mmap.mmap(file.fileno(), 8192) as memory:
+            file.truncate(0)
+            memory[4096]
+
+
+def free_twice() -> None:
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    address = ctypes.c_void_p(libc.malloc(64))
+    libc.free(address)
+    libc.free(address)
+
+
+def use_more_memory_than(cgroup: Path) -> None:
+    (cgroup / "cgroup.procs").write_text(str(os.getpid()))
+    np.ones(256 << 20, dtype=np.uint8)
