@@ -24,7 +24,14 @@ if TYPE_CHECKING:
 
 
 class SafeLoaderError(RuntimeError):
-    """Base class of everything that SafeLoader raises."""
+    """Base class of everything that SafeLoader raises. Each survives pickling, with its evidence."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.args), self.__dict__
+
+
+def _rebuild(kind: type[SafeLoaderError], args: tuple[object, ...]) -> SafeLoaderError:
+    return kind.__new__(kind, *args)
 
 
 class ConfigError(SafeLoaderError, ValueError):

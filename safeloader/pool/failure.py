@@ -16,11 +16,13 @@ from safeloader.errors import (
     SafeLoaderError,
     WorkerError,
 )
-from safeloader.pool.wire import clip
+from safeloader.pool.wire import MAX_TEXT_CHARS, clip
 from safeloader.ring.status_page import Stage
 
 _MAX_EXCEPTION_NBYTES: Final = 1 << 20
 """An exception object that pickles to more than this is described, not sent."""
+_MAX_PART_CHARS: Final = MAX_TEXT_CHARS // 4
+"""Longest frame or message in a remote traceback."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,15 @@ def describe(error: BaseException) -> tuple[str, str]:
     if type(error).__module__ not in ("builtins", "__main__"):
         kind = f"{type(error).__module__}.{kind}"
     try:
-        return kind, clip(str(error))
-    except Exception as second:  # noqa: BLE001 - a user's __str__ may raise anything
+        text = str(error)
+        return kind, text if len(text) <= MAX_TEXT_CHARS else f"{text[:MAX_TEXT_CHARS]} […]"
+    except BaseException as second:  # noqa: BLE001 - a user's __str__ may raise anything
         return kind, f"(its __str__ raised {type(second).__name__})"
 
 
 def format_remote(error: BaseException) -> str:
-    """The traceback as Python would print it."""
-    return clip("".join(traceback.format_exception(error)))
+    """The traceback as Python would print it; a huge message is shortened, so that the frames are kept."""
+    return clip("".join(clip(part, _MAX_PART_CHARS) for part in traceback.format_exception(error)))
 
 
 def pickle_exception(error: BaseException) -> bytes | None:
@@ -80,7 +83,7 @@ def to_error(record: FailureRecord, ticket: int, pool: str) -> SafeLoaderError:
     where = f"worker {pool}-{record.worker} (pid {record.pid}) while {record.stage.word} the batch of ticket {ticket}"
     if record.case:
         where += f" (case {record.case})"
-    if record.kind == "StopIteration":
+    if record.kind == "StopIteration" and record.stage is Stage.LOADING:
         error = LoaderFinishedError(
             f"the loader of pool {pool!r} came to its end at ticket {ticket}: SafeAugmenter takes infinite loaders "
             "only (batchgenerators' DataLoader: infinite=True). For finite epochs use SafeMultiThreadedAugmenter."

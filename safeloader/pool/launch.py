@@ -82,8 +82,11 @@ class _Forked:
 
     def poll(self) -> ProcessExit | None:
         if self._exit is None:
-            ended, status = os.waitpid(self.pid, os.WNOHANG)
-            self._exit = ProcessExit.from_wait_status(status) if ended else None
+            try:
+                ended, status = os.waitpid(self.pid, os.WNOHANG)
+                self._exit = ProcessExit.from_wait_status(status) if ended else None
+            except ChildProcessError:  # other code in the trainer waits for any child, and was first
+                self._exit = ProcessExit()
         return self._exit
 
 

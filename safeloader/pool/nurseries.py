@@ -211,11 +211,8 @@ class Nurseries:
         pool = self._pools.get(number)
         if pool is None:
             return
-        requests = self._running[None].cancel(number)
         if pool.options.start_method is StartMethod.CLEAN:
-            for request in requests:
-                request.channel.close()
-            pool.on_start_failed(reason, traceback)
+            pool.on_start_failed(reason, traceback)  # and that takes its requests back
             return
         logger.info(
             "pool %r: the loader can't be unpickled in a clean process (%s); forking from this one instead",
@@ -223,7 +220,7 @@ class Nurseries:
             reason,
         )
         pool.use_fork = True
-        for request in requests:
+        for request in self._running[None].cancel(number):
             self.request_worker(pool, request)
 
     def _lost(self, key: _Key) -> None:

@@ -111,7 +111,7 @@ class _Nursery:
         killpoints.reach("nursery.step.loading")
         try:
             self._works[pool] = unpack(file, nbytes)
-        except Exception as error:  # noqa: BLE001 - unpickling runs the user's code, which may raise anything
+        except BaseException as error:  # noqa: BLE001 - unpickling runs the user's code, which may raise anything
             kind, text = describe(error)
             self._channel.send(wire.LoadFailed(pool, f"{kind}: {wire.clip(text, 1000)}", format_remote(error)))
             return

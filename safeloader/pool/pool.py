@@ -71,6 +71,7 @@ class Life:
     silent: bool = False
     """Its end of the socket is closed: it has ended, or is about to."""
     watched: bool = False
+    buried: bool = False
 
 
 class Pool:
@@ -334,6 +335,9 @@ class Pool:
 
     def _bury(self, life: Life) -> None:
         """Close what this side holds of a worker that is gone."""
+        if life.buried:
+            return
+        life.buried = True
         if self.lives.get(life.worker) is life:
             del self.lives[life.worker]
         self._the_host.unwatch(life)

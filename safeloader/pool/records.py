@@ -10,19 +10,23 @@ import os
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 
 from safeloader.errors import RemoteTraceback, RestartLimitError, SafeLoaderError, StartError
 from safeloader.faults.exits import ProcessExit
 from safeloader.faults.incident import Incident
 from safeloader.pool import events, machine
-from safeloader.ring.status_page import Status
+from safeloader.ring.status_page import Stage, Status
 
 
 def worker_death(
     pool: str, mourn: events.Mourn, *, pid: int | None, how: ProcessExit, cause: str | None, status: Status
 ) -> Incident:
     """A worker has died. `cause` says what is known where the kernel said nothing."""
+    if status.ticket is not None and status.ticket not in mourn.tickets:
+        # It had handed that batch over, and died before it could write that it was idle.
+        status = replace(status, stage=Stage.IDLE, ticket=None, case=None)
     if mourn.restart_in_s is None:
         action = "not replaced"
     elif mourn.restart_in_s == 0:

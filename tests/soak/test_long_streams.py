@@ -1,0 +1,135 @@
+"""Long runs: what happens at epoch 731. The first test is short enough for every run; `-m soak` runs the others."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from safeloader import SafeAugmenter
+from safeloader.pool.seeding import seed_everything
+from safeloader.testing import DEADLY, Killer, wait_until
+from tests.loaders import RandomLoader
+
+BATCHES = 10_000
+SEED = 20
+_SHAPE = (2, 1, 16, 16, 16)
+_MIB = 1 << 20
+
+
+def _digest(batch: dict[str, Any]) -> bytes:
+    digest = hashlib.blake2b(batch["data"].numpy().tobytes(), digest_size=8)
+    digest.update(batch["seg"].tobytes())
+    digest.update(repr((batch["draw"], batch["keys"])).encode())
+    return digest.digest()
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list[bytes]:
+    """The stream as one process makes it, without SafeLoader but for the seeds."""
+    loader = RandomLoader(_SHAPE)
+    digests = []
+    for ticket in range(BATCHES):
+        seed_everything(SEED, 0, ticket)
+        digests.append(_digest(next(loader)))
+    return digests
+
+
+def _resources() -> tuple[int, int, float]:
+    process = psutil.Process()
+    return process.num_fds(), process.num_threads(), process.memory_info().rss / _MIB
+
+
+@pytest.mark.parametrize(
+    "workers", [pytest.param(1, marks=pytest.mark.soak), 2, pytest.param(5, marks=pytest.mark.soak)]
+)
+def test_ten_thousand_batches_with_a_kill_every_fifty(workers: int, undisturbed: list[bytes]) -> None:
+    with SafeAugmenter(RandomLoader(_SHAPE), None, workers, 3, seed=SEED) as augmenter:
+        killer = Killer(augmenter, seed=workers, signals=DEADLY)
+        resources = []
+        for ticket in range(BATCHES):
+            killer.maybe(every=50)
+            assert _digest(next(augmenter)) == undisturbed[ticket], f"ticket {ticket} is not what it should be"
+            if ticket % 100 == 99 and ticket >= 999:
+                wait_until(lambda: all(worker.pid is not None for worker in augmenter.workers()))
+                resources.append(_resources())
+        report = augmenter.report()
+    print(
+        f"{workers} workers: {len(killer.kills)} kills, {report.restarts} restarts, {resources[0]} -> {resources[-1]}"
+    )
+    assert len(killer.kills) > BATCHES / 50 / 2
+    assert report.batches == BATCHES
+    for number, what in ((0, "file descriptors"), (1, "threads")):
+        # A kill may be under way at any look: a dead worker's socket is closed once its death has been noticed.
+        assert {seen[number] for seen in resources[:10]} & {seen[number] for seen in resources[-10:]}, what
+    first, last = (sorted(seen[2] for seen in part)[5] for part in (resources[:10], resources[-10:]))
+    assert last - first < 16, f"resident memory grew from {first:.0f} to {last:.0f} MiB"
+
+
+class SizedLoader:
+    """Batches from 1 KiB to `largest_nbytes`, tensors and arrays, each filled with a number of its own."""
+
+    def __init__(self, largest_nbytes: int) -> None:
+        self.largest_nbytes = largest_nbytes
+
+    def __iter__(self) -> SizedLoader:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        started = time.monotonic()
+        nbytes = int(np.exp(np.random.uniform(np.log(1024), np.log(self.largest_nbytes))))
+        data: Any = np.full(nbytes // 4, np.random.randint(1 << 30), dtype=np.int32)
+        if np.random.rand() < 0.5:
+            data = torch.from_numpy(data)
+        return {"data": data, "made_s": time.monotonic() - started}
+
+
+def _check(batch: dict[str, Any], loader: SizedLoader, ticket: int) -> None:
+    seed_everything(SEED, 0, ticket)
+    expected = next(loader)["data"]
+    assert type(batch["data"]) is type(expected)
+    assert np.array_equal(np.asarray(batch["data"]), np.asarray(expected)), f"ticket {ticket}"
+
+
+def _at_a_random_moment(strike: Callable[[], object], moment: random.Random, within_s: float) -> threading.Timer:
+    timer = threading.Timer(moment.uniform(0, within_s), strike)
+    timer.start()
+    return timer
+
+
+@pytest.mark.parametrize(
+    ("kills", "largest_nbytes"), [(20, 16 * _MIB), pytest.param(1000, 256 * _MIB, marks=pytest.mark.soak)]
+)
+def test_single_kills_at_random_moments(kills: int, largest_nbytes: int) -> None:
+    """No `next()` takes longer than making the batch again and a second."""
+    loader, moment = SizedLoader(largest_nbytes), random.Random(SEED)
+    waits = []
+    with SafeAugmenter(SizedLoader(largest_nbytes), None, 2, 1, seed=SEED) as augmenter:
+        ticket = 0
+        _check(next(augmenter), loader, ticket)
+        for seed in range(kills):
+            killer = Killer(augmenter, seed=seed)
+            timer = _at_a_random_moment(killer.strike, moment, within_s=0.2)
+            restarts = augmenter.report().restarts
+            while augmenter.report().restarts == restarts or timer.is_alive():
+                started = time.monotonic()
+                batch = next(augmenter)
+                waits.append((time.monotonic() - started, batch["made_s"]))
+                ticket += 1
+                _check(batch, loader, ticket)
+                del batch
+            timer.join()
+            assert len(killer.kills) == 1
+        assert augmenter.report().restarts >= kills
+    over = [wait_s - made_s for wait_s, made_s in waits]
+    print(f"{kills} kills, {len(waits)} batches, longest wait beyond making the batch: {max(over):.3f} s")
+    assert max(over) < 1.0 or os.environ.get("CI"), "a loaded CI machine proves nothing about time"
