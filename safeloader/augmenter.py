@@ -14,6 +14,7 @@ import time
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from types import TracebackType
 from typing import Any, Final
 
@@ -81,6 +82,7 @@ class SafeAugmenter(NonDetMultiThreadedAugmenter):  # type: ignore[misc]  # upst
         self.initialized = False
         self.options = resolve({"seed": seed, **options})
         _check(data_loader, num_processes, num_cached, seeds)
+        num_processes, num_cached = int(num_processes), int(num_cached)  # NumPy's integers are welcome
         super().__init__(data_loader, transform, num_processes, num_cached, seeds, pin_memory, wait_time)
         self._stock = not sys.platform.startswith("linux")
         if self._stock:
@@ -196,7 +198,7 @@ class SafeAugmenter(NonDetMultiThreadedAugmenter):  # type: ignore[misc]  # upst
 
     def report(self) -> Report:
         """What this loader has done so far. Any thread may ask at any time, also after `close()`."""
-        pool = self._pool
+        pool = self._pool if os.getpid() == self._pid else None  # in a forked child its lock may be held for ever
         past = self._past.with_pool(pool)
         return Report(
             name=self.options.name,
@@ -261,14 +263,17 @@ class _Past:
         return both
 
 
-def _check(data_loader: Any, num_processes: int, num_cached: int, seeds: Sequence[int | None] | None) -> None:
+def _check(data_loader: Any, num_processes: Any, num_cached: Any, seeds: Sequence[Any] | None) -> None:
     """Refuse what can't work, in one line each."""
     for name, value in (("num_processes", num_processes), ("num_cached", num_cached)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             hint = "; for no workers use batchgenerators' SingleThreadedAugmenter" if name == "num_processes" else ""
             raise ConfigError(f"{name}={value!r}: must be an integer of at least 1{hint}")
     if seeds is not None and len(seeds) != num_processes:
         raise ConfigError(f"seeds: {len(seeds)} given for num_processes={num_processes}; give one per worker, or None")
+    for seed in seeds if seeds is not None else ():
+        if seed is not None and (not isinstance(seed, Integral) or seed < 0):
+            raise ConfigError(f"seeds: {seed!r} must be an integer of at least 0, or None")
     if isinstance(data_loader, DataLoader) and not data_loader.infinite:
         raise LoaderFinishedError(
             "data_loader is finite (infinite=False): SafeAugmenter takes infinite loaders only. Make it infinite, or "

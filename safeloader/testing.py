@@ -1,10 +1,10 @@
 """Faults to order: for our tests, for the demo, and for users who want to see what their pipeline survives.
 
-    with SafeAugmenter(loader, None, 4) as batches:
-        killer = Killer(batches, seed=1)
-        for _ in range(1000):
-            killer.maybe(every=50)      # about every 50th batch, one worker dies
-            batch = next(batches)
+with SafeAugmenter(loader, None, 4) as batches:
+    killer = Killer(batches, seed=1)
+    for _ in range(1000):
+        killer.maybe(every=50)      # about every 50th batch, one worker dies
+        batch = next(batches)
 """
 
 from __future__ import annotations

@@ -62,6 +62,7 @@ class Consumer:
         self._ended: deque[Lease] = deque()
         self._ready: dict[int, _ReadyBatch] = {}
         self._errors: list[BaseException] = []
+        self._failure: BaseException | None = None  # of a ticket, at its place; the errors come after all tickets
         self._bell = threading.Lock()  # released: something has changed. Not a Condition: see the class
         self._turn = threading.Lock()  # several threads may take: each gets whole batches
 
@@ -113,6 +114,8 @@ class Consumer:
             SafeLoaderError: the stream has ended; each further call raises the same.
         """
         with self._turn:
+            if self._failure is not None:  # whatever is ready comes after it
+                raise self._failure.with_traceback(None)
             ticket = self.next_ticket
             self._ready.pop(ticket - 1, None)  # still there only if an interrupt came just then
             ready = self._wait_for(ticket)
@@ -126,10 +129,9 @@ class Consumer:
             self._ready.pop(ticket, None)
             if ready.failed:
                 assert isinstance(batch, FailureRecord)
-                failure = to_error(batch, ticket, self._name)
-                self.fail(failure)
+                self._failure = to_error(batch, ticket, self._name)
                 self.post(events.Close(failed=True))
-                raise failure
+                raise self._failure
             return batch
 
     def _wait_for(self, ticket: int) -> _ReadyBatch:

@@ -20,10 +20,10 @@ Sizes. There are at most workers + 2 x num_cached slots. The consumer leases no 
 (beyond that it gets copies), so workers always have some. A lost ticket has a slot kept for it: otherwise the others'
 READY slots could wait for it for ever.
 
-Restarts. A death is replaced at once; the same worker's next ones, with no batch by it in between, after a growing
-back-off. If the whole pool dies more than `max_restarts` times in `window_s` with no batch in between, it is given
-up; a worker that dies before it is ready counts towards a smaller limit. A worker that was idle is not evidence
-against the pool, so it does not count; of the workers that go down with their nursery, one counts.
+Restarts. A death is replaced at once; the same worker's next ones after a growing back-off, until the pool makes a
+batch while this worker is ready. If the whole pool dies more than `max_restarts` times in `window_s` with no batch in
+between, it is given up; a worker that dies before it is ready counts towards a smaller limit. A worker that was idle is
+not evidence against the pool, so it does not count; of the workers that go down with their nursery, one counts.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class _Worker:
     incarnation: int = -1
     restart_at: float = 0.0
     assigned: deque[tuple[int, int]] = field(default_factory=deque)  # (ticket, slot), oldest first
-    deaths: deque[float] = field(default_factory=deque)  # since its last batch
+    deaths: deque[float] = field(default_factory=deque)  # since the pool's last batch while it was ready
 
 
 @dataclass
@@ -217,7 +217,9 @@ class Machine:
         if worker is None or (event.ticket, event.slot) not in worker.assigned:
             return
         worker.assigned.remove((event.ticket, event.slot))
-        worker.deaths.clear()
+        for ready in self._workers:
+            if ready.state is WorkerState.READY:
+                ready.deaths.clear()
         self._deaths.clear()
         self._failed_starts = 0
         if self.state is PoolState.RUNNING:

@@ -357,4 +357,4 @@ class Pool:
     def _record(self, incident: Incident, level: int = logging.WARNING) -> None:
         self.incidents.append(incident)
         self.incident_kinds[incident.kind] += 1
-        logger.log(level, "%s", incident.message)
+        logger.log(level, "SafeLoader: %s", incident.message)

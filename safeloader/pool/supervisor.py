@@ -43,7 +43,7 @@ class Supervisor:
     """See the module. Made with the first pool, gone with the last; `current` is the process's."""
 
     current: Supervisor | None = None
-    _registry: Final = threading.Lock()  # of `current` and `_users`; no process shares it
+    _registry = threading.Lock()  # of `current` and `_users`; no process shares it
     _numbers: Final = itertools.count()
 
     def __init__(self) -> None:
@@ -231,5 +231,6 @@ def _at_exit() -> None:
 
 def _after_fork_in_child() -> None:
     supervisor, Supervisor.current = Supervisor.current, None
+    Supervisor._registry = threading.Lock()  # another thread may have held it
     if supervisor is not None:
         supervisor._let_go_in_child()

@@ -15,9 +15,11 @@ Not kept: that two tensors of one batch overlap in memory. They arrive as two.
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import struct
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -37,6 +39,10 @@ ALIGN_NBYTES: Final = 64
 
 COPY_BELOW_NBYTES: Final = 4096
 """Smaller buffers are copied out of the slot: who keeps a batch's identifiers should not keep its whole slot."""
+
+
+_MAX_PATH_DEPTH: Final = 20
+"""How deep in a batch `unpicklable_path` looks."""
 
 
 class CorruptSlotError(RuntimeError):
@@ -62,6 +68,25 @@ class _ByReference(_OutOfBand, pickle.Pickler):
 
 class _ByValue(_OutOfBand, cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
     """Classes of the user's script by value: for workers whose `__main__` is another module."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Finds the user's own classes again, and leaves them as they are.
+
+    cloudpickle recognises a class that was sent to the worker by value, but then sets all its attributes to the
+    worker's: class variables would fall back, and methods would see copies of the script's globals.
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        return functools.partial(_unless_own, found) if name == "_class_setstate" else found
+
+
+def _unless_own(set_state: Callable[[type, Any], type], kind: type, state: Any) -> type:
+    own: Any = sys.modules.get(kind.__module__)
+    for name in kind.__qualname__.split("."):
+        own = getattr(own, name, None)
+    return kind if own is kind else set_state(kind, state)
 
 
 def encode(batch: Any, slot: MemoryFile, ticket: int, *, by_value: bool) -> int:
@@ -123,7 +148,7 @@ def decode(memory: memoryview, ticket: int) -> Any:
     entries = [_ENTRY.unpack_from(memory, table_at + n * _ENTRY.size) for n in range(n_buffers)]
     views = [memory[offset : offset + nbytes] for offset, nbytes in entries]
     buffers = [bytearray(view) if view.nbytes < COPY_BELOW_NBYTES else view for view in views]
-    return pickle.loads(memory[stream_at : stream_at + stream_nbytes], buffers=buffers)
+    return _Unpickler(io.BytesIO(memory[stream_at : stream_at + stream_nbytes]), buffers=buffers).load()
 
 
 def private_copy(memory: memoryview) -> memoryview:
@@ -144,18 +169,29 @@ def unpicklable_path(batch: Any, *, by_value: bool, root: str = "batch") -> str:
             return False
         return True
 
-    def descend(obj: Any, path: str) -> str:
+    path, culprit = root, batch
+    seen = {id(batch)}  # a batch may contain itself
+    for _ in range(_MAX_PATH_DEPTH):
         items: Sequence[tuple[Any, Any]] = ()
-        if isinstance(obj, dict):
-            items = list(obj.items())
-        elif isinstance(obj, (list, tuple)):
-            items = list(enumerate(obj))
-        for key, value in items:
-            if not picklable(value):
-                return descend(value, f"{path}[{key!r}]")
-        return path
+        if isinstance(culprit, dict):
+            items = list(culprit.items())
+        elif isinstance(culprit, (list, tuple)):
+            items = list(enumerate(culprit))
+        within = ((key, value) for key, value in items if id(value) not in seen and not picklable(value))
+        found = next(within, None)
+        if found is None:
+            break
+        key, culprit = found
+        seen.add(id(culprit))
+        path += f"[{_shown(key)}]"
+    return path
 
-    return descend(batch, root)
+
+def _shown(key: Any) -> str:
+    try:
+        return repr(key)
+    except Exception:  # noqa: BLE001 - a user's __repr__ may raise anything
+        return f"<{type(key).__name__}>"
 
 
 def _aligned(offset: int) -> int:

@@ -24,9 +24,7 @@ class Lease(weakref.ref[Any]):
     _alarm: weakref.ref[Any]
 
 
-def lease(
-    memory: mmap.mmap, slot: int, ended: deque[Lease], alarm: Callable[[], None]
-) -> tuple[memoryview, Lease]:
+def lease(memory: mmap.mmap, slot: int, ended: deque[Lease], alarm: Callable[[], None]) -> tuple[memoryview, Lease]:
     """A writable view on a slot's memory, and the lease on it, which adds itself to `ended` when it ends.
 
     Every buffer sliced from the view holds it, and with it the mapping. It may end in any thread, at any moment at

@@ -1,0 +1,45 @@
+"""What a command of `safeloader` is."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+
+class Command(ABC):
+    """One command; the first line of a subclass's docstring is its summary, all of it is its help.
+
+    Attributes:
+        name: What the user types after `safeloader`.
+    """
+
+    name: ClassVar[str]
+
+    @classmethod
+    def description(cls) -> str:
+        """The docstring as help text."""
+        return inspect.cleandoc(cls.__doc__ or "")
+
+    @classmethod
+    def summary(cls) -> str:
+        """The docstring's first line, without its full stop."""
+        return cls.description().partition("\n")[0].rstrip(".")
+
+    @classmethod
+    @abstractmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Declare the command's options."""
+
+    @abstractmethod
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Do it.
+
+        Returns:
+            The exit code.
+
+        Raises:
+            ConfigError: Bad input; ends with exit code 2.
+            SafeLoaderError: It did not work; ends with exit code 1.
+        """

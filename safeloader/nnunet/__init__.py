@@ -1,0 +1,35 @@
+"""SafeLoader inside nnU-Net: `nnUNetv2_train … -tr nnUNetTrainerSafeLoader`.
+
+    mixin.py      SafeLoaderMixin: what a trainer gets from us; works before any nnU-Net trainer class
+    trainer.py    nnUNetTrainerSafeLoader = the mixin + nnUNetTrainer
+    loaders.py    makes the stock get_dataloaders build our augmenter
+    record.py     what the training log and safeloader_report.json say
+    install.py    puts shim/ where nnU-Net looks for trainers
+    shim/         the module of a few lines that leads nnU-Net to the trainer
+    brain.py workspace.py short.py    a small dataset and short trainings on it, for the demo and the tests
+
+Only this package imports nnunetv2, and only `trainer.py` does so on import.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from safeloader.nnunet.mixin import SafeLoaderMixin
+    from safeloader.nnunet.trainer import nnUNetTrainerSafeLoader
+
+__all__ = ["SafeLoaderMixin", "nnUNetTrainerSafeLoader"]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: `safeloader install` uses this package and should not wait for nnU-Net's imports.
+    if name == "SafeLoaderMixin":
+        from safeloader.nnunet.mixin import SafeLoaderMixin
+
+        return SafeLoaderMixin
+    if name == "nnUNetTrainerSafeLoader":
+        from safeloader.nnunet.trainer import nnUNetTrainerSafeLoader
+
+        return nnUNetTrainerSafeLoader
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

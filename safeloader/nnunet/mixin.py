@@ -1,0 +1,141 @@
+"""SafeLoaderMixin: gives any nnU-Net trainer class workers that may die.
+
+    class MyTrainer(SafeLoaderMixin, nnUNetTrainerNoMirroring):
+        pass
+
+The mixin decides which augmenter class the trainer's own `get_dataloaders` builds, and reports what happened. It
+leaves `__init__` alone, since nnU-Net reads its signature, and the network, loss and schedule are the base trainer's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import distributed
+
+from safeloader.faults.cpus import available_cpus
+from safeloader.nnunet.loaders import LoaderFactory, safe_loaders
+from safeloader.nnunet.record import About, TrainingRecord, report_path
+
+if TYPE_CHECKING:
+
+    class _Trainer:
+        """What the mixin uses of nnU-Net's trainer."""
+
+        output_folder: str
+        local_rank: int
+        is_ddp: bool
+        current_epoch: int
+
+        def get_dataloaders(self) -> tuple[Any, Any]: ...
+        def on_epoch_end(self) -> None: ...
+        def on_train_end(self) -> None: ...
+        def run_training(self) -> None: ...
+        def save_checkpoint(self, filename: str) -> None: ...
+        def print_to_log_file(self, *args: object) -> None: ...
+
+else:
+    _Trainer = object
+
+
+class SafeLoaderMixin(_Trainer):
+    """Mixed in before an nnU-Net trainer class: dead workers are replaced instead of ending the training.
+
+    Checkpoints carry the base trainer's name, because the network is the base trainer's: a model trained with
+    SafeLoader is used for prediction on a machine that has only nnU-Net.
+    """
+
+    _safeloader: TrainingRecord | None = None
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """Nnu-Net's own loaders, with our augmenter around them.
+
+        `nnUNet_n_proc_DA` is obeyed, 0 stays single-threaded; more workers than there are CPUs for this process
+        are lowered to that number, and the training log says so.
+        """
+        world_size = distributed.get_world_size() if self.is_ddp else 1
+        factory = LoaderFactory(self.local_rank, world_size)
+        cpus = available_cpus()
+        with safe_loaders(type(self), factory, cpus, self.print_to_log_file):
+            loaders = super().get_dataloaders()
+        about = About(type(self).__name__, self.local_rank, self.current_epoch, cpus.reason)
+        path = report_path(Path(self.output_folder), self.local_rank)
+        self._safeloader = TrainingRecord(factory.built, path, about)
+        return loaders
+
+    def on_epoch_end(self) -> None:
+        """Say in one line what happened to the workers in this epoch; nothing if nothing did."""
+        if self._safeloader is not None:
+            news = self._safeloader.news()
+            if news is not None:
+                self.print_to_log_file(news)
+                self._write_report("running")
+        super().on_epoch_end()
+
+    def on_train_end(self) -> None:
+        """Sum up, once nnU-Net has stopped the workers."""
+        super().on_train_end()
+        self._end_report("finished")
+
+    def run_training(self) -> None:
+        """Train; an exception that ends it is summed up as well, and then stays the last thing on the screen."""
+        try:
+            super().run_training()
+        except BaseException as error:
+            # A second failure, of the report, must not take the place of the first on the screen.
+            with suppress(OSError):
+                self._end_report(f"{type(error).__name__}: {error}".rstrip(": "))
+            raise
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Save nnU-Net's checkpoint, under the name of the trainer class that prediction needs."""
+        with _named(type(self), checkpoint_trainer_name(type(self))):
+            super().save_checkpoint(filename)
+
+    def _end_report(self, outcome: str) -> None:
+        record = self._safeloader
+        if record is None or record.ended:
+            return
+        record.ended = True
+        record.close()
+        for line in record.summary():
+            self.print_to_log_file(line)
+        self._write_report(outcome)
+        # Where stdout is a pipe or a file, what is printed so far would else follow the traceback.
+        sys.stdout.flush()
+
+    def _write_report(self, outcome: str) -> None:
+        assert self._safeloader is not None
+        try:
+            self._safeloader.write(outcome)
+        except OSError as error:
+            # A report is not worth a training.
+            self.print_to_log_file(f"SafeLoader: the report could not be written: {error}")
+
+
+def checkpoint_trainer_name(trainer_class: type) -> str:
+    """The class name under which prediction finds the network that `trainer_class` trains.
+
+    That is the first class behind the mixin. A subclass of the mixin that builds a network of its own keeps its own
+    name, as it would without SafeLoader.
+    """
+    method = "build_network_architecture"
+    base = next(cls for cls in trainer_class.__mro__ if not issubclass(cls, SafeLoaderMixin) and hasattr(cls, method))
+    same_network = inspect.getattr_static(trainer_class, method) is inspect.getattr_static(base, method)
+    return (base if same_network else trainer_class).__name__
+
+
+@contextmanager
+def _named(cls: type, name: str) -> Iterator[None]:
+    """Let `cls.__name__`, which nnU-Net writes into checkpoints, be `name` for a moment."""
+    before = cls.__name__
+    cls.__name__ = name
+    try:
+        yield
+    finally:
+        cls.__name__ = before

@@ -1,0 +1,151 @@
+"""What a training says about its loaders: lines for nnU-Net's log, and `safeloader_report.json`.
+
+The log gets one line per epoch in which something happened, and a summary at the end. Each replaced worker has been
+reported live by the logger "safeloader" (on stderr, unless the program configures logging otherwise); the lines here
+count them, they don't repeat them. The file has every incident with its evidence.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from safeloader.augmenter import SafeAugmenter
+    from safeloader.faults.incident import Incident
+
+REPORT_FILE: Final = "safeloader_report.json"
+
+
+def report_path(output_folder: Path, rank: int) -> Path:
+    """Where a DDP rank writes its report: each rank has its own workers and its own file."""
+    return output_folder / (REPORT_FILE if rank == 0 else f"safeloader_report_rank{rank}.json")
+
+
+@dataclass(frozen=True)
+class About:
+    """Which training a report is about.
+
+    Attributes:
+        trainer: The trainer's class name.
+        rank: Of the process in DDP, else 0.
+        first_epoch: Where this run began: 0, or more if it continued.
+        workers: Why there are as many workers as there are; what `available_cpus` said.
+    """
+
+    trainer: str
+    rank: int
+    first_epoch: int
+    workers: str
+
+
+class TrainingRecord:
+    """The loaders of one training run, and what has been said about them."""
+
+    def __init__(self, loaders: Mapping[str, SafeAugmenter], path: Path, about: About) -> None:
+        """Record the run of `loaders` (by name) in the file `path`."""
+        self._loaders = dict(loaders)
+        self._path = path
+        self._about = about
+        self._started = _now()
+        self._told = dict.fromkeys(loaders, 0)
+        self._earlier = _earlier_runs(path) if about.first_epoch > 0 else []
+        self.ended = False
+
+    def news(self) -> str | None:
+        """One line about the incidents since the last call; None if there were none."""
+        fresh: list[Incident] = []
+        for name, loader in self._loaders.items():
+            report = loader.report()
+            happened = sum(report.incident_counts.values())
+            # Counted from the end: a report keeps the latest incidents only.
+            fresh += report.incidents[max(0, len(report.incidents) - (happened - self._told[name])) :]
+            self._told[name] = happened
+        if not fresh:
+            return None
+        count = "1 incident" if len(fresh) == 1 else f"{len(fresh)} incidents"
+        pools = dict.fromkeys(incident.pool for incident in fresh)
+        causes = "; ".join(f"{pool}: {_causes(i for i in fresh if i.pool == pool)}" for pool in pools)
+        return f"SafeLoader: {count} ({causes}), unfinished batches made again. Details: {self._path.name}"
+
+    def summary(self) -> list[str]:
+        """One line per loader, and one that names the file."""
+        if not self._loaders:
+            return ["SafeLoader: batches were made in the training process itself (nnUNet_n_proc_DA=0)"]
+        lines = []
+        for name, loader in self._loaders.items():
+            report = loader.report()
+            replaced = "1 worker replaced" if report.restarts == 1 else f"{report.restarts} workers replaced"
+            causes = f" ({_causes(report.incidents)})" if report.incidents else ""
+            lines.append(
+                f"SafeLoader: {name}: {report.batches} batches, {replaced}{causes}, "
+                f"waited {report.wait_s:.1f} s for batches, seed {report.seed}"
+            )
+        return [*lines, f"SafeLoader: the report is {self._path}"]
+
+    def close(self) -> None:
+        """Stop all workers. Safe to call again."""
+        for loader in self._loaders.values():
+            loader.close()
+
+    def write(self, outcome: str) -> None:
+        """Replace the report file by the present state.
+
+        Args:
+            outcome: "running", "finished", or the exception that ended the training.
+
+        Raises:
+            OSError: The file can't be written.
+        """
+        state = {
+            **vars(self._about),
+            "outcome": outcome,
+            "started": self._started,
+            "written": _now(),
+            "loaders": {name: loader.report().to_dict() for name, loader in self._loaders.items()},
+            "earlier_runs": self._earlier,
+        }
+        _write_atomically(self._path, json.dumps(state, indent=2) + "\n")
+
+
+def _causes(incidents: Iterable[Incident]) -> str:
+    """Incidents by cause: "2 × SIGKILL, 1 × exit code 3"."""
+    counts = Counter(_cause(incident) for incident in incidents)
+    return ", ".join(f"{number} × {cause}" for cause, number in counts.most_common())
+
+
+def _cause(incident: Incident) -> str:
+    if incident.signal is not None:
+        return incident.signal
+    if incident.exit_code is not None:
+        return f"exit code {incident.exit_code}"
+    return incident.kind
+
+
+def _earlier_runs(path: Path) -> list[dict[str, Any]]:
+    """The runs in the report that a continued training finds, oldest first; none if it can't be read."""
+    try:
+        last = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [*last.pop("earlier_runs", []), last] if isinstance(last, dict) else []
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """A reader finds the old file or the new one, never a half; a full disk leaves the old one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")

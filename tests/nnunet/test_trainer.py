@@ -1,0 +1,153 @@
+"""nnUNetTrainerSafeLoader in this process: which loaders it builds, how many workers, what its checkpoints need."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+
+from safeloader import SafeAugmenter
+from safeloader.nnunet.workspace import SMALL_CONFIGURATION, Workspace
+
+MakeTrainer = Callable[..., Any]
+
+
+@pytest.fixture(scope="session")
+def nnunet() -> ModuleType:
+    """The module of our trainer, and with it nnU-Net: before a test counts its descriptors."""
+    import safeloader.nnunet.trainer as module
+
+    return module
+
+
+@pytest.fixture
+def make_trainer(
+    nnunet: ModuleType, make_workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[MakeTrainer]:
+    """Makes trainers as `nnUNetv2_train` does; their loaders are stopped afterwards."""
+    made: list[Any] = []
+
+    def make(cls: type | None = None) -> Any:
+        workspace = make_workspace()
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            monkeypatch.setenv(name, workspace.environment()[name])
+        folder = workspace.preprocessed / workspace.dataset
+        plans = json.loads((folder / "nnUNetPlans.json").read_text())
+        plans["continue_training"] = False
+        dataset = json.loads((folder / "dataset.json").read_text())
+        trainer_class = cls or nnunet.nnUNetTrainerSafeLoader
+        trainer = trainer_class(plans, SMALL_CONFIGURATION, 0, dataset, device=torch.device("cpu"))
+        trainer.initialize()
+        made.append(trainer)
+        return trainer
+
+    yield make
+    for trainer in made:
+        if trainer._safeloader is not None:
+            trainer._safeloader.close()
+
+
+def log_of(trainer: Any) -> str:
+    return Path(trainer.log_file).read_text()
+
+
+class TestLoaders:
+    def test_both_are_ours_with_nnunets_arguments(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+        monkeypatch.setenv("SAFELOADER_SEED", "7")
+        train, val = make_trainer().get_dataloaders()
+        assert isinstance(train, SafeAugmenter)
+        assert isinstance(val, SafeAugmenter)
+        assert (train.num_cached, val.num_cached) == (6, 3)
+        assert (train.report().name, val.report().name) == ("train", "val")
+        assert (train.seed, val.seed) == (7, 7)
+        assert (train.report().stream, val.report().stream) == (0, 1)
+
+    def test_nnunets_module_is_as_before_afterwards(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+        trainer = make_trainer()
+        namespace = type(trainer).__mro__[2].get_dataloaders.__globals__
+        before = dict(namespace)
+        trainer.get_dataloaders()
+        assert namespace == before
+
+    def test_zero_workers_stay_single_threaded(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+        trainer = make_trainer()
+        train, val = trainer.get_dataloaders()
+        assert isinstance(train, SingleThreadedAugmenter)
+        assert isinstance(val, SingleThreadedAugmenter)
+        trainer._end_report("finished")
+        assert "batches were made in the training process itself (nnUNet_n_proc_DA=0)" in log_of(trainer)
+
+    @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs 2 CPUs to take one away")
+    def test_more_workers_than_cpus_are_lowered_and_the_log_says_so(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+        trainer = make_trainer()
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {min(allowed)})
+        try:
+            train, _ = trainer.get_dataloaders()
+        finally:
+            os.sched_setaffinity(0, allowed)
+        assert train.num_processes == 1
+        reason = f"CPU affinity allows 1 of {os.cpu_count()} CPUs"
+        assert f"SafeLoader: 1 training workers instead of 2: {reason}" in log_of(trainer)
+
+    def test_a_loader_that_was_built_before_a_failure_is_stopped(
+        self, nnunet: ModuleType, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+
+        class FailsAfterwards(nnunet.nnUNetTrainer):  # type: ignore[misc]
+            def get_dataloaders(self) -> Any:
+                self.built = super().get_dataloaders()
+                raise OSError("the second disk is gone")
+
+        class Ours(nnunet.SafeLoaderMixin, FailsAfterwards):  # type: ignore[misc]
+            pass
+
+        trainer = make_trainer(Ours)
+        with pytest.raises(OSError, match="the second disk is gone"):
+            trainer.get_dataloaders()
+        assert all(loader.workers() == () for loader in trainer.built)
+
+
+class TestCheckpoint:
+    def test_predicts_on_a_machine_without_safeloader(self, make_trainer: MakeTrainer) -> None:
+        trainer = make_trainer()
+        folder = Path(trainer.output_folder_base)
+        trainer.save_checkpoint(str(folder / "fold_0" / "checkpoint_final.pth"))
+        for name, content in (("plans", trainer.plans_manager.plans), ("dataset", trainer.dataset_json)):
+            (folder / f"{name}.json").write_text(json.dumps(content))
+        assert folder.name.startswith("nnUNetTrainerSafeLoader__")
+        assert type(trainer).__name__ == "nnUNetTrainerSafeLoader"
+        script = (
+            "import sys; sys.modules['safeloader'] = None\n"  # any import of it fails
+            "import torch\n"
+            "from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor\n"
+            "predictor = nnUNetPredictor(device=torch.device('cpu'))\n"
+            "predictor.initialize_from_trained_model_folder(sys.argv[1], (0,), 'checkpoint_final.pth')\n"
+            "print(predictor.trainer_name)\n"
+        )
+        command = [sys.executable, "-c", script, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "nnUNetTrainer"
