@@ -6,6 +6,7 @@ Each scenario passes certain kill points for certain, and returns everything tha
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import signal
 import sys
@@ -75,8 +76,8 @@ def raises(loader: RandomLoader) -> list[object]:
     seen: list[object] = []
     with SafeAugmenter(loader, None, 1, 2, seed=7, start_method="forked") as augmenter:
         try:
-            for _ in range(10):
-                seen.append(fingerprint(next(augmenter)))
+            for batch in itertools.islice(augmenter, 10):
+                seen.append(fingerprint(batch))  # noqa: PERF401 - what was seen before the error counts
         except SafeLoaderError as error:
             seen.append(type(error).__name__)
         return seen
