@@ -1,0 +1,314 @@
+"""The fault table, part one: ways for a worker to die × the stage in which it dies.
+
+Each strikes once. The replacement makes the lost batches again, the stream is the same as undisturbed, and the
+incident says what happened, to whom, in which stage and on which ticket, and what to do.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from safeloader import SafeAugmenter
+from safeloader.errors import RestartLimitError, StartError, WorkerError
+from safeloader.testing import wait_until
+from tests import loaders
+from tests.loaders import Deadly, DeadlyOncePerBatch, RandomLoader, Saboteur, fingerprint
+
+pytestmark = pytest.mark.usefixtures("warm_nursery")
+
+BATCHES = 20
+WORKERS = 2
+
+
+@dataclass(frozen=True)
+class Death:
+    """One way to die: what is done, what the kernel says, and the advice that must come with it."""
+
+    deed: Callable[[], object]
+    advice: str
+    signal: str | None = None
+    exit_code: int | None = None
+
+    @property
+    def what(self) -> str:
+        return f"was killed by {self.signal}" if self.signal else f"exited with code {self.exit_code}"
+
+
+def by_signal(number: signal.Signals, advice: str) -> Death:
+    return Death(functools.partial(loaders.send_self, int(number)), advice, signal=number.name)
+
+
+DEATHS = {
+    "kill -9": by_signal(signal.SIGKILL, r"SIGKILL: .*memory.*`dmesg \| tail` tells.*lower nnUNet_n_proc_DA\."),
+    "a null read": Death(loaders.read_null, r"SIGSEGV: native code read invalid memory.*", signal="SIGSEGV"),
+    "a truncated mmap": Death(
+        loaders.read_truncated_mmap, r"SIGBUS: a memory-mapped file became shorter.*check the preprocessed files.*",
+        signal="SIGBUS",
+    ),
+    "abort": Death(os.abort, r"SIGABRT: native code gave up.*", signal="SIGABRT"),
+    "a double free": Death(loaders.free_twice, r"SIGABRT: .*heap corrupted.*", signal="SIGABRT"),
+    "a polite request": by_signal(signal.SIGTERM, r"SIGTERM: something asked it to end: a scheduler.*"),
+    "a CPU limit": by_signal(signal.SIGXCPU, r"SIGXCPU: its CPU time limit is used up.*"),
+    "a signal without a name": Death(
+        functools.partial(loaders.send_self, signal.SIGRTMIN + 7), "", signal=f"signal {signal.SIGRTMIN + 7}"
+    ),
+    "an exit": Death(functools.partial(os._exit, 3), r"What to do: something .* called exit.*", exit_code=3),
+    "an exit without error": Death(functools.partial(os._exit, 0), "", exit_code=0),
+}  # fmt: skip
+STAGES = ("starting", "loading", "transforming", "encoding")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(warm_nursery: None) -> list[object]:
+    with SafeAugmenter(RandomLoader(), None, 1, 2, seed=7) as augmenter:
+        return [fingerprint(next(augmenter)) for _ in range(2 * BATCHES)]
+
+
+def _sabotaged(deed: Callable[[], object], stage: str, folder: Path) -> SafeAugmenter:
+    saboteur = Saboteur(deed, stage, folder / "struck")
+    return SafeAugmenter(saboteur, Saboteur.transform, WORKERS, 2, seed=7)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("name", DEATHS)
+def test_a_death_costs_no_batch(name: str, stage: str, tmp_path: Path, undisturbed: list[object]) -> None:
+    death = DEATHS[name]
+    with _sabotaged(death.deed, stage, tmp_path) as augmenter:
+        batches = [fingerprint(next(augmenter)) for _ in range(BATCHES)]
+        wait_until(lambda: augmenter.report().restarts > 0)
+        report = augmenter.report()
+    assert batches == undisturbed[:BATCHES]
+    assert (tmp_path / "struck").exists()
+    assert (report.restarts, report.incident_counts) == (1, {"worker-death": 1})
+    (incident,) = report.incidents
+    assert (incident.signal, incident.exit_code) == (death.signal, death.exit_code)
+    assert (incident.stage, incident.incarnation, incident.pool) == (stage, 0, "loader")
+    who = rf"worker loader-{incident.worker} \(pid {incident.pid}\) {re.escape(death.what)}"
+    if stage == "starting":
+        assert incident.ticket is None
+        expected = rf"{who} while starting: replaced at once\."
+    else:
+        assert incident.ticket is not None
+        doing = rf"{stage} the batch of ticket {incident.ticket}( \(case [\w, ]+\))? for \d+\.\d s"
+        expected = rf"{who} while {doing}: replaced at once, tickets? {incident.ticket}(, \d+)? made again\."
+    assert re.fullmatch(expected + (f" {death.advice}" if death.advice else ""), incident.message), incident.message
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGTERM])
+def test_a_death_while_idle_costs_no_batch(number: signal.Signals, undisturbed: list[object]) -> None:
+    """Killed from outside while the ring is full."""
+    with SafeAugmenter(RandomLoader(), None, WORKERS, 2, seed=7) as augmenter:
+        batches = [fingerprint(next(augmenter)) for _ in range(5)]
+        wait_until(lambda: all(worker.stage == "idle" for worker in augmenter.workers()))
+        wait_until(lambda: augmenter.report().slots == {"free": 0, "filling": 0, "ready": 6, "leased": 0})
+        victim = augmenter.workers()[1]
+        assert victim.pid is not None
+        os.kill(victim.pid, number)
+        wait_until(lambda: augmenter.workers()[1].incarnation == 1 and augmenter.workers()[1].state == "ready")
+        batches += [fingerprint(next(augmenter)) for _ in range(BATCHES - 5)]
+        report = augmenter.report()
+    assert batches == undisturbed[:BATCHES]
+    (incident,) = report.incidents
+    assert (incident.pid, incident.stage, incident.ticket) == (victim.pid, "idle", None)
+    assert incident.message.startswith(
+        f"worker loader-1 (pid {victim.pid}) was killed by {number.name} while idle: replaced at once. {number.name}: "
+    )
+
+
+# ---- the kernel's own ----
+
+
+@pytest.fixture
+def small_memory() -> Iterator[Path]:
+    """A memory cgroup (v1) of 64 MiB."""
+    cgroup = Path("/sys/fs/cgroup/memory") / f"safeloader-test-{os.getpid()}"
+    try:
+        cgroup.mkdir()
+        (cgroup / "memory.limit_in_bytes").write_text(str(64 << 20))
+    except OSError as error:
+        pytest.skip(f"needs a memory cgroup (v1) that this user may create: {error}")
+    yield cgroup
+    wait_until(lambda: not (cgroup / "cgroup.procs").read_text())
+    cgroup.rmdir()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_real_oom_kill_costs_no_batch(
+    stage: str, tmp_path: Path, small_memory: Path, undisturbed: list[object]
+) -> None:
+    with _sabotaged(functools.partial(loaders.use_more_memory_than, small_memory), stage, tmp_path) as augmenter:
+        assert [fingerprint(next(augmenter)) for _ in range(BATCHES)] == undisturbed[:BATCHES]
+        wait_until(lambda: augmenter.report().restarts > 0)
+        (incident,) = augmenter.report().incidents
+    assert (incident.signal, incident.stage) == ("SIGKILL", stage)
+    assert "the kernel when memory runs out" in incident.message
+    assert re.search(r"oom_kill [1-9]", (small_memory / "memory.oom_control").read_text())
+
+
+def test_a_kernel_that_forks_no_more(undisturbed: list[object]) -> None:
+    """As with RLIMIT_NPROC: the one worker that there is goes on alone, and the other comes when it can."""
+    cgroup = Path("/sys/fs/cgroup/pids") / f"safeloader-test-{os.getpid()}"
+    nursery = next(child for child in psutil.Process().children() if child.name() == "sl-nursery")
+    try:
+        cgroup.mkdir()
+    except OSError as error:
+        pytest.skip(f"needs a pids cgroup (v1) that this user may create: {error}")
+    try:
+        (cgroup / "cgroup.procs").write_text(str(nursery.pid))
+        (cgroup / "pids.max").write_text(str(int((cgroup / "pids.current").read_text()) + 1))
+        with SafeAugmenter(RandomLoader(), None, 2, 2, seed=7, backoff_max_s=0.1) as augmenter:
+            batches = [fingerprint(next(augmenter))]
+            while augmenter.report().restarts < 8:
+                batches.append(fingerprint(next(augmenter)))
+            incident = augmenter.report().incidents[-1]
+            assert (incident.pid, incident.stage, incident.signal, incident.exit_code) == (None, "starting", None, None)
+            assert re.fullmatch(
+                rf"worker loader-{incident.worker} could not be forked: \[Errno 11\] Resource temporarily unavailable "
+                r"while starting: replaced in 0\.1 s\.", incident.message,
+            )  # fmt: skip
+            (cgroup / "pids.max").write_text("max")
+            wait_until(lambda: all(worker.state == "ready" for worker in augmenter.workers()))
+            batches += [fingerprint(next(augmenter)) for _ in range(5)]
+        assert batches[: 2 * BATCHES] == undisturbed[: len(batches)]
+    finally:
+        (cgroup.parent / "cgroup.procs").write_text(str(nursery.pid))
+        wait_until(lambda: not (cgroup / "cgroup.procs").read_text())
+        cgroup.rmdir()
+
+
+# ---- an exit that is an exception ----
+
+
+@pytest.mark.parametrize("stage", ["loading", "transforming", "encoding"])
+def test_sys_exit_is_an_exception(stage: str, tmp_path: Path) -> None:
+    with _sabotaged(functools.partial(sys.exit, "enough"), stage, tmp_path) as augmenter:
+        with pytest.raises(WorkerError, match=rf"SystemExit: enough.* while {stage} the batch of ticket \d") as caught:
+            [next(augmenter) for _ in range(BATCHES)]
+        assert (caught.value.exception_type, caught.value.stage) == ("SystemExit", stage)
+        assert augmenter.report().restarts == 0
+
+
+def test_sys_exit_at_the_start_is_an_exception(tmp_path: Path) -> None:
+    with (
+        _sabotaged(functools.partial(sys.exit, "enough"), "starting", tmp_path) as augmenter,
+        pytest.raises(StartError, match=r"no worker of pool 'loader' can start: SystemExit: enough\."),
+    ):
+        next(augmenter)
+
+
+# ---- several at once, and again ----
+
+
+def test_all_workers_killed_at_once(undisturbed: list[object]) -> None:
+    with SafeAugmenter(RandomLoader(), None, 4, 2, seed=7) as augmenter:
+        batches = [fingerprint(next(augmenter)) for _ in range(10)]
+        wait_until(lambda: all(worker.state == "ready" for worker in augmenter.workers()))
+        killed = {worker.pid for worker in augmenter.workers() if worker.pid is not None}
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        batches += [fingerprint(next(augmenter)) for _ in range(BATCHES - 10)]
+        wait_until(lambda: augmenter.report().restarts == 4)
+        assert {incident.pid for incident in augmenter.report().incidents} == killed
+    assert batches == undisturbed[:BATCHES]
+
+
+def test_the_replacement_is_killed_as_well(undisturbed: list[object]) -> None:
+    with SafeAugmenter(RandomLoader(), None, 1, 2, seed=7, backoff_first_s=0) as augmenter:
+        batches = [fingerprint(next(augmenter)) for _ in range(10)]
+        for life in range(4):
+            wait_until(lambda life=life: augmenter.workers()[0].incarnation == life)  # type: ignore[misc]
+            wait_until(lambda: augmenter.workers()[0].pid is not None)
+            pid = augmenter.workers()[0].pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+        batches += [fingerprint(next(augmenter)) for _ in range(BATCHES - 10)]
+        assert [incident.incarnation for incident in augmenter.report().incidents] == [0, 1, 2, 3]
+    assert batches == undisturbed[:BATCHES]
+
+
+@pytest.mark.parametrize("victims", ["workers", "nursery", "both"])
+def test_death_during_finish(victims: str) -> None:
+    start_method = "clean" if victims == "workers" else "forked"
+    augmenter = SafeAugmenter(RandomLoader(), None, 3, 2, start_method=start_method)
+    next(augmenter)
+    workers = [psutil.Process(worker.pid) for worker in augmenter.workers() if worker.pid is not None]
+    nursery = workers[0].parent()
+    assert nursery is not None
+    for process in {"workers": workers, "nursery": [nursery], "both": [*workers, nursery]}[victims]:
+        process.kill()
+    started = time.monotonic()
+    augmenter._finish()
+    assert time.monotonic() - started < 3
+    wait_until(lambda: not any(process.is_running() for process in workers), timeout_s=2)
+
+
+# ---- when to give up ----
+
+
+def test_a_worker_that_dies_at_every_start_is_given_up_soon() -> None:
+    started = time.monotonic()
+    with (
+        SafeAugmenter(Deadly(loaders.read_null, "starting"), None, WORKERS, 2) as augmenter,
+        pytest.raises(RestartLimitError) as caught,
+    ):
+        next(augmenter)
+    assert time.monotonic() - started < 5
+    assert re.fullmatch(
+        r"pool 'loader' is given up: 5 workers died before any of them was ready: 5 x SIGSEGV while starting\. "
+        r"Last: worker loader-\d \(pid \d+\) was killed by SIGSEGV while starting: not replaced\. SIGSEGV: .*",
+        str(caught.value),
+    )
+    assert [incident.signal for incident in caught.value.incidents] == ["SIGSEGV"] * 5
+
+
+def test_a_worker_that_dies_on_every_batch_is_given_up() -> None:
+    deadly = Deadly(functools.partial(os._exit, 9), "loading")
+    with SafeAugmenter(deadly, None, WORKERS, 2, backoff_first_s=0.01) as augmenter:
+        with pytest.raises(RestartLimitError) as caught:
+            next(augmenter)
+        with pytest.raises(RestartLimitError, match=re.escape(str(caught.value))):
+            next(augmenter)
+        wait_until(lambda: all(worker.pid is None for worker in augmenter.workers()), what="no worker is left")
+    assert re.match(
+        r"pool 'loader' is given up: 10 workers died in 600 s with no batch in between \(max_restarts=9\): "
+        r"10 x exit code 9 while loading\. Last: worker loader-\d \(pid \d+\) exited with code 9 while loading the "
+        r"batch of ticket \d",
+        str(caught.value),
+    )
+
+
+def test_a_pool_that_delivers_in_between_is_never_given_up(tmp_path: Path, undisturbed: list[object]) -> None:
+    options = {"max_restarts": 8, "backoff_first_s": 0}
+    with SafeAugmenter(DeadlyOncePerBatch(tmp_path), None, WORKERS, 2, seed=7, **options) as augmenter:
+        assert [fingerprint(next(augmenter)) for _ in range(2 * BATCHES)] == undisturbed
+        assert augmenter.report().restarts > 10
+
+
+def test_batches_that_were_ready_are_delivered_before_the_pool_is_given_up(undisturbed: list[object]) -> None:
+    with SafeAugmenter(RandomLoader(), None, WORKERS, 2, seed=7, max_restarts=0) as augmenter:
+        batches = [fingerprint(next(augmenter))]
+        wait_until(lambda: augmenter.report().slots == {"free": 0, "filling": 0, "ready": 6, "leased": 0})
+        for worker in augmenter.workers():
+            assert worker.pid is not None
+            psutil.Process(worker.pid).suspend()
+        batches += [fingerprint(next(augmenter)) for _ in range(3)]  # a stopped worker gets the next ticket
+        wait_until(lambda: augmenter.report().slots["filling"] > 0)
+        for worker in augmenter.workers():
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGKILL)
+        wait_until(lambda: all(worker.pid is None for worker in augmenter.workers()))
+        with pytest.raises(RestartLimitError, match=r"max_restarts=0"):
+            batches.extend(fingerprint(next(augmenter)) for _ in range(BATCHES))
+    assert len(batches) >= 7
+    assert batches == undisturbed[: len(batches)]
