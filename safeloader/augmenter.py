@@ -202,7 +202,7 @@ class SafeAugmenter(NonDetMultiThreadedAugmenter):  # type: ignore[misc]  # upst
         past = self._past.with_pool(pool)
         return Report(
             name=self.options.name,
-            batches=past.next_ticket,
+            batches=past.batches,
             next_ticket=past.next_ticket,
             restarts=past.restarts,
             incidents=tuple(past.incidents),
@@ -237,6 +237,7 @@ class _Past:
 
     def __init__(self) -> None:
         self.next_ticket = 0
+        self.batches = 0
         self.restarts = 0
         self.wait_s = 0.0
         self.use_fork = False
@@ -247,6 +248,7 @@ class _Past:
         """Count a pool in."""
         with pool.lock:
             self.next_ticket = pool.consumer.next_ticket
+            self.batches += pool.consumer.batches
             self.restarts += pool.machine.restarts
             self.wait_s += pool.consumer.wait_s
             self.use_fork = pool.use_fork

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from safeloader import killpoints
+from safeloader.errors import SafeLoaderError
 from safeloader.pool import events
 from safeloader.pool.failure import FailureRecord, to_error
 from safeloader.ring import codec
@@ -56,6 +57,7 @@ class Consumer:
         self.post: Callable[[events.Event], None] = _nowhere
         self.wake: Callable[[], None] = _not_open
         self._name = name
+        self._first_ticket = first_ticket
         self._max_leases = max_leases
         # Single operations on these are atomic; leases end in any thread.
         self._leases: dict[int, Lease] = {}  # by slot: of what is ready, and of what was taken
@@ -78,6 +80,11 @@ class Consumer:
         """No batch comes after those that are ready; the first error stays."""
         self._errors.append(error)
         self._ring()
+
+    @property
+    def batches(self) -> int:
+        """How many batches were delivered: a ticket that ended in an exception was raised instead."""
+        return self.next_ticket - self._first_ticket - (self._failure is not None)
 
     @property
     def ready(self) -> int:
@@ -120,8 +127,7 @@ class Consumer:
             self._ready.pop(ticket - 1, None)  # still there only if an interrupt came just then
             ready = self._wait_for(ticket)
             taken = sum(held() is not None for held in list(self._leases.values())) - len(self._ready)
-            hoarding = taken >= self._max_leases
-            batch = codec.decode(codec.private_copy(ready.memory) if hoarding else ready.memory, ticket)
+            batch = self._decode(ready, ticket, private=taken >= self._max_leases)
             killpoints.reach("trainer.step.decoded")
             self.post(events.Taken(ticket))  # again after an interrupt: the machine ignores the second
             killpoints.reach("trainer.step.taken")
@@ -134,12 +140,22 @@ class Consumer:
                 raise self._failure
             return batch
 
+    def _decode(self, ready: _ReadyBatch, ticket: int, *, private: bool) -> Any:
+        try:
+            return codec.decode(codec.private_copy(ready.memory) if private else ready.memory, ticket)
+        except Exception as error:
+            raise SafeLoaderError(
+                f"the batch of ticket {ticket} of pool {self._name!r} arrived, but can't be rebuilt here: "
+                f"{type(error).__name__}: {error}. What its objects do when they are unpickled fails in this process."
+            ) from error
+
     def _wait_for(self, ticket: int) -> _ReadyBatch:
         started = time.monotonic()
         try:
             while (ready := self._ready.get(ticket)) is None:
                 if self._errors:
                     raise self._errors[0].with_traceback(None)
+                self.wake()  # a lease's alarm may have got lost
                 self._bell.acquire()
             return ready
         finally:

@@ -247,7 +247,8 @@ def test_every_further_next_raises_the_same_and_close_leaves_nothing(undisturbed
             frames.append(len(again.traceback))
         assert frames[0] == frames[2], "the traceback does not grow"
         wait_until(lambda: augmenter.workers() == () or all(worker.pid is None for worker in augmenter.workers()))
-        assert augmenter.report().next_ticket == AT + 1
+        report = augmenter.report()
+        assert (report.batches, report.next_ticket) == (AT, AT + 1), "what failed was raised, not delivered"
     assert not any(psutil.pid_exists(pid) for pid in workers if pid is not None)
 
 
