@@ -57,7 +57,14 @@ def bad_interval_nan(tmp_path: Path) -> tuple[list[str], str]:
     return ["demo", "--folder", str(tmp_path), "--kill-every", "nan"], "--kill-every nan: at least 0.5 s"
 
 
-@pytest.mark.parametrize("bad", [bad_folder_file, bad_folder_not_empty, bad_interval, bad_interval_nan])
+def bad_folder_cannot_be_made(_tmp_path: Path) -> tuple[list[str], str]:
+    expected = "--folder /proc/demo can't be made (No such file or directory); name one where you may write"
+    return ["demo", "--folder", "/proc/demo"], expected
+
+
+@pytest.mark.parametrize(
+    "bad", [bad_folder_file, bad_folder_not_empty, bad_folder_cannot_be_made, bad_interval, bad_interval_nan]
+)
 def test_bad_input_is_one_line_and_touches_nothing(
     bad: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

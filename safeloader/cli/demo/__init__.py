@@ -84,6 +84,12 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--folder {folder} is a file")
     if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
         raise ConfigError(f"--folder {folder} has other files in it; name a new or empty folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--folder {folder} can't be made ({error.strerror}); name one where you may write"
+        ) from error
 
 
 @contextmanager
