@@ -19,6 +19,7 @@ class Incident:
         incarnation: which life of the worker.
         signal: name of the signal that ended it, or None.
         exit_code: its exit code, or None.
+        cause: what is known where the kernel tells neither, for example that it could not be forked.
         stage: what it was doing, in the glossary's words.
         ticket: the ticket it was working on, or None.
         case: the sample's identifier, or None where it is not known.
@@ -35,6 +36,7 @@ class Incident:
     incarnation: int
     signal: str | None = None
     exit_code: int | None = None
+    cause: str | None = None
     stage: str
     ticket: int | None = None
     case: str | None = None

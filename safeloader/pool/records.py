@@ -47,6 +47,7 @@ def worker_death(
         incarnation=mourn.incarnation,
         signal=how.signal,
         exit_code=how.code,
+        cause=cause,
         stage=status.stage.word,
         ticket=status.ticket,
         case=status.case,
@@ -126,8 +127,8 @@ def _advice(how: ProcessExit) -> str:
 
 
 def _cause(incident: Incident) -> str:
-    how = incident.signal or ("unknown exit" if incident.exit_code is None else f"exit code {incident.exit_code}")
-    return f"{how} while {incident.stage}"
+    code = None if incident.exit_code is None else f"exit code {incident.exit_code}"
+    return f"{incident.signal or code or incident.cause or 'unknown exit'} while {incident.stage}"
 
 
 def _now() -> str:
