@@ -30,15 +30,15 @@ _ADVICE = {
         "`dmesg | tail` tells whether it was the kernel. If it was memory, lower nnUNet_n_proc_DA"
     ),
     signal.SIGBUS: (
-        "a memory-mapped file became shorter or its storage failed while it was read; "
+        "usually a memory-mapped file that became shorter, or storage that failed, while it was read; "
         "check the preprocessed files and their file system"
     ),
     signal.SIGSEGV: (
-        "native code read invalid memory: a bug or mismatch in a compiled library, or bad RAM; "
+        "usually native code that read invalid memory: a bug or mismatch in a compiled library, or bad RAM; "
         "`python -X faulthandler` shows where"
     ),
     signal.SIGABRT: (
-        "native code gave up, often after it found its heap corrupted; the lines it printed above say more"
+        "usually native code that gave up because its heap is corrupted; the lines it printed above say more"
     ),
     signal.SIGFPE: "native code divided an integer by zero",
     signal.SIGILL: "a library was built for another CPU than this one",

@@ -241,8 +241,13 @@ class Pool:
         """How many slots are free, filling, ready and leased."""
         with self.lock:
             counts = {state.name.lower(): count for state, count in self.machine.slots().items()}
-            ended = min(self.consumer.ended, counts["leased"])  # the machine will hear of it with the next event
-            return {**counts, "leased": counts["leased"] - ended, "free": counts["free"] + ended}
+            # What the consumer has taken and let go since the machine's last event.
+            taken = max(0, counts["ready"] - self.consumer.ready)
+            ended = min(self.consumer.ended, counts["leased"] + taken)
+            counts["ready"] -= taken
+            counts["leased"] += taken - ended
+            counts["free"] += ended
+            return counts
 
     # ---- actions ----
 

@@ -51,13 +51,13 @@ def by_signal(number: signal.Signals, advice: str) -> Death:
 
 DEATHS = {
     "kill -9": by_signal(signal.SIGKILL, r"SIGKILL: .*memory.*`dmesg \| tail` tells.*lower nnUNet_n_proc_DA\."),
-    "a null read": Death(loaders.read_null, r"SIGSEGV: native code read invalid memory.*", signal="SIGSEGV"),
+    "a null read": Death(loaders.read_null, r"SIGSEGV: .*read invalid memory.*", signal="SIGSEGV"),
     "a truncated mmap": Death(
-        loaders.read_truncated_mmap, r"SIGBUS: a memory-mapped file became shorter.*check the preprocessed files.*",
+        loaders.read_truncated_mmap, r"SIGBUS: .*became shorter.*check the preprocessed files.*",
         signal="SIGBUS",
     ),
-    "abort": Death(os.abort, r"SIGABRT: native code gave up.*", signal="SIGABRT"),
-    "a double free": Death(loaders.free_twice, r"SIGABRT: .*heap corrupted.*", signal="SIGABRT"),
+    "abort": Death(os.abort, r"SIGABRT: usually native code that gave up.*", signal="SIGABRT"),
+    "a double free": Death(loaders.free_twice, r"SIGABRT: .*heap is corrupted.*", signal="SIGABRT"),
     "a polite request": by_signal(signal.SIGTERM, r"SIGTERM: something asked it to end: a scheduler.*"),
     "a CPU limit": by_signal(signal.SIGXCPU, r"SIGXCPU: its CPU time limit is used up.*"),
     "a signal without a name": Death(
@@ -110,8 +110,9 @@ def test_a_death_while_idle_costs_no_batch(number: signal.Signals, undisturbed: 
     """Killed from outside while the ring is full."""
     with SafeAugmenter(RandomLoader(), None, WORKERS, 2, seed=7) as augmenter:
         batches = [fingerprint(next(augmenter)) for _ in range(5)]
-        wait_until(lambda: all(worker.stage == "idle" for worker in augmenter.workers()))
+        wait_until(lambda: all(worker.state == "ready" for worker in augmenter.workers()))
         wait_until(lambda: augmenter.report().slots == {"free": 0, "filling": 0, "ready": 6, "leased": 0})
+        wait_until(lambda: all(worker.stage == "idle" for worker in augmenter.workers()))
         victim = augmenter.workers()[1]
         assert victim.pid is not None
         os.kill(victim.pid, number)
@@ -299,6 +300,7 @@ def test_batches_that_were_ready_are_delivered_before_the_pool_is_given_up(undis
     with SafeAugmenter(RandomLoader(), None, WORKERS, 2, seed=7, max_restarts=0) as augmenter:
         batches = [fingerprint(next(augmenter))]
         wait_until(lambda: augmenter.report().slots == {"free": 0, "filling": 0, "ready": 6, "leased": 0})
+        wait_until(lambda: all(worker.state == "ready" for worker in augmenter.workers()))
         for worker in augmenter.workers():
             assert worker.pid is not None
             psutil.Process(worker.pid).suspend()
