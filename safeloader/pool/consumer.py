@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from safeloader import killpoints
-from safeloader.errors import SafeLoaderError
 from safeloader.pool import events
 from safeloader.pool.failure import FailureRecord, to_error
 from safeloader.ring import codec
@@ -127,7 +126,8 @@ class Consumer:
             self._ready.pop(ticket - 1, None)  # still there only if an interrupt came just then
             ready = self._wait_for(ticket)
             taken = sum(held() is not None for held in list(self._leases.values())) - len(self._ready)
-            batch = self._decode(ready, ticket, private=taken >= self._max_leases)
+            hoarding = taken >= self._max_leases
+            batch = codec.decode(codec.private_copy(ready.memory) if hoarding else ready.memory, ticket)
             killpoints.reach("trainer.step.decoded")
             self.post(events.Taken(ticket))  # again after an interrupt: the machine ignores the second
             killpoints.reach("trainer.step.taken")
@@ -139,15 +139,6 @@ class Consumer:
                 self.post(events.Close(failed=True))
                 raise self._failure
             return batch
-
-    def _decode(self, ready: _ReadyBatch, ticket: int, *, private: bool) -> Any:
-        try:
-            return codec.decode(codec.private_copy(ready.memory) if private else ready.memory, ticket)
-        except Exception as error:
-            raise SafeLoaderError(
-                f"the batch of ticket {ticket} of pool {self._name!r} arrived, but can't be rebuilt here: "
-                f"{type(error).__name__}: {error}. What its objects do when they are unpickled fails in this process."
-            ) from error
 
     def _wait_for(self, ticket: int) -> _ReadyBatch:
         started = time.monotonic()
