@@ -49,6 +49,9 @@ class LoadableOnlyHere(RandomLoader):
         self.__dict__.update(state)
 
 
+PIDS_CGROUPS = Path("/sys/fs/cgroup/pids")
+"""Where `fork_fails` makes a cgroup (v1), if it may."""
+
 SIXTH_DRAW = 0.6315519125970612
 """`draw` of ticket 5 in the stream of seed 7; `test_kill_points` checks that it is."""
 
@@ -91,7 +94,7 @@ def falls_back_to_fork() -> list[object]:
 
 def fork_fails() -> list[object]:
     """The kernel refuses to fork once, because of a pids cgroup around the nursery; later it doesn't."""
-    group = Path(tempfile.mkdtemp(prefix="safeloader-test-", dir="/sys/fs/cgroup/pids"))
+    group = Path(tempfile.mkdtemp(prefix=f"safeloader-test-{os.getpid()}-", dir=PIDS_CGROUPS))
     try:
         (group / "pids.max").write_text("max")
         with SafeAugmenter(RandomLoader(), None, 1, 2, seed=7, start_method="forked", backoff_max_s=0.1) as augmenter:
