@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import random
 import threading
 import time
@@ -132,4 +131,5 @@ def test_single_kills_at_random_moments(kills: int, largest_nbytes: int) -> None
         assert augmenter.report().restarts >= kills
     over = [wait_s - made_s for wait_s, made_s in waits]
     print(f"{kills} kills, {len(waits)} batches, longest wait beyond making the batch: {max(over):.3f} s")
-    assert max(over) < 1.0 or os.environ.get("CI"), "a loaded CI machine proves nothing about time"
+    if kills == 1000:  # the short form runs on machines that do other things as well
+        assert max(over) < 1.0
