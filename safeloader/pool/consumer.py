@@ -142,11 +142,12 @@ class Consumer:
 
     def _wait_for(self, ticket: int) -> _ReadyBatch:
         started = time.monotonic()
+        if ticket not in self._ready:
+            self.wake()  # once a wait, not once a ring: a lease's alarm may have got lost before it
         try:
             while (ready := self._ready.get(ticket)) is None:
                 if self._errors:
                     raise self._errors[0].with_traceback(None)
-                self.wake()  # a lease's alarm may have got lost
                 self._bell.acquire()
             return ready
         finally:

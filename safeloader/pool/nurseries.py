@@ -134,10 +134,6 @@ class Nurseries:
             nursery.kill()
             nursery.wait(_PATIENCE_S)
 
-    def pids(self) -> tuple[int, ...]:
-        """The process ids of those that run."""
-        return tuple(nursery.pid for nursery in list(self._running.values()))
-
     def close_channels(self) -> None:
         """In a child forked from the trainer: let go of the trainer's sockets, and of those not sent to workers yet."""
         for nursery in [*self._running.values(), *(nursery for nursery, _ in self._leaving)]:
