@@ -4,15 +4,16 @@
 beyond that number only take memory and wait for each other.
 
 A quota holds for a cgroup and everything below it, so all cgroups from the process's own up to the one that is
-mounted are read, and the smallest quota counts. Parsing is pure; only `available_cpus` and `_read` touch files.
+mounted are read, and the smallest quota counts. Parsing is pure; only `available_cpus` and `cgroup_quota` touch files.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from safeloader.faults.cgroups import Folder, folders
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,6 @@ class Quota:
 
     cpus: float
     file: str
-
-
-@dataclass(frozen=True)
-class Mount:
-    """A mounted cgroup hierarchy, from `/proc/self/mountinfo`.
-
-    Attributes:
-        point: Where it is mounted.
-        root: The cgroup that appears there, as `/proc/self/cgroup` names it.
-        controllers: Those of a v1 hierarchy; None for v2.
-    """
-
-    point: str
-    root: str
-    controllers: frozenset[str] | None
 
 
 def available_cpus(system: Path = Path("/")) -> CpuBudget:
@@ -69,79 +55,17 @@ def budget(machine: int, affinity: int, quota: Quota | None) -> CpuBudget:
 
 def cgroup_quota(system: Path) -> Quota | None:
     """The smallest CPU quota on the way from this process's cgroup to the mounted one; None if there is none."""
-    memberships = parse_memberships(_read(system / "proc/self/cgroup"))
-    quotas: list[Quota] = []
-    for mount in parse_mounts(_read(system / "proc/self/mountinfo")):
-        controller = "" if mount.controllers is None else "cpu"
-        if controller not in memberships or (mount.controllers is not None and "cpu" not in mount.controllers):
-            continue
-        for folder in _upwards(mount, memberships[controller]):
-            found = _quota_of(system, folder, version=2 if mount.controllers is None else 1)
-            if found is not None:
-                quotas.append(found)
+    quotas = [quota for folder in folders("cpu", system) if (quota := _quota_of(folder, system)) is not None]
     return min(quotas, key=lambda quota: quota.cpus, default=None)
 
 
-def _quota_of(system: Path, folder: PurePosixPath, *, version: int) -> Quota | None:
-    here = system / folder.relative_to("/")
-    if version == 2:
-        cpus, name = parse_cpu_max(_read(here / "cpu.max")), "cpu.max"
+def _quota_of(folder: Folder, system: Path) -> Quota | None:
+    if folder.version == 2:
+        cpus, name = parse_cpu_max(folder.read("cpu.max", system)), "cpu.max"
     else:
-        quota, period = _read(here / "cpu.cfs_quota_us"), _read(here / "cpu.cfs_period_us")
+        quota, period = folder.read("cpu.cfs_quota_us", system), folder.read("cpu.cfs_period_us", system)
         cpus, name = parse_cfs(quota, period), "cpu.cfs_quota_us"
-    return None if cpus is None else Quota(cpus, str(folder / name))
-
-
-def _upwards(mount: Mount, cgroup: str) -> Iterator[PurePosixPath]:
-    """The folders of `cgroup` and its ancestors below the mount.
-
-    In a container without a cgroup namespace `/proc/self/cgroup` names the host's path, and the mount shows only
-    the part below the container's own cgroup: what is not below `mount.root` is taken as that root.
-    """
-    try:
-        below = PurePosixPath(cgroup).relative_to(mount.root)
-    except ValueError:
-        below = PurePosixPath()
-    if ".." in below.parts:
-        below = PurePosixPath()
-    folder = PurePosixPath(mount.point) / below
-    yield folder
-    for _ in below.parts:
-        folder = folder.parent
-        yield folder
-
-
-def parse_memberships(text: str) -> dict[str, str]:
-    """`/proc/self/cgroup` as {controller: path}; the v2 hierarchy's controller is "".
-
-    Source: cgroups(7), lines `hierarchy-ID:controller-list:cgroup-path`.
-    """
-    memberships: dict[str, str] = {}
-    for line in text.splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        for controller in controllers.split(","):
-            memberships[controller] = path
-    return memberships
-
-
-def parse_mounts(text: str) -> list[Mount]:
-    """The cgroup mounts in `/proc/self/mountinfo`.
-
-    Source: proc_pid_mountinfo(5): fields 4 and 5 are root and mount point; after a lone `-` come the type, the
-    source and the super options, which for v1 list the controllers.
-    """
-    mounts = []
-    for line in text.splitlines():
-        before, _, after = line.partition(" - ")
-        fields, kind = before.split(), after.split()
-        if len(fields) < 5 or len(kind) < 3:
-            continue
-        if kind[0] == "cgroup2":
-            mounts.append(Mount(fields[4], fields[3], None))
-        elif kind[0] == "cgroup":
-            mounts.append(Mount(fields[4], fields[3], frozenset(kind[2].split(","))))
-    return mounts
+    return None if cpus is None else Quota(cpus, folder.file(name))
 
 
 def parse_cpu_max(text: str) -> float | None:
@@ -157,11 +81,3 @@ def parse_cfs(quota: str, period: str) -> float | None:
     if not quota.strip().isdecimal() or not period.strip().isdecimal():
         return None
     return int(quota) / int(period)
-
-
-def _read(path: Path) -> str:
-    """The file's text; empty if it isn't there or may not be read."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""

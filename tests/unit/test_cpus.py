@@ -9,15 +9,12 @@ import pytest
 
 from safeloader.faults.cpus import (
     CpuBudget,
-    Mount,
     Quota,
     available_cpus,
     budget,
     cgroup_quota,
     parse_cfs,
     parse_cpu_max,
-    parse_memberships,
-    parse_mounts,
 )
 
 V1_MOUNTS = """\
@@ -37,26 +34,6 @@ def system(folder: Path, files: dict[str, str]) -> Path:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     return folder
-
-
-def test_memberships_of_a_hybrid_machine() -> None:
-    text = "5:cpu,cpuacct:/docker/1f\n4:memory:/a:b\n1:name=systemd:/\n0::/user.slice\n"
-    assert parse_memberships(text) == {
-        "cpu": "/docker/1f",
-        "cpuacct": "/docker/1f",
-        "memory": "/a:b",
-        "name=systemd": "/",
-        "": "/user.slice",
-    }
-
-
-def test_mounts() -> None:
-    text = V1_MOUNTS.format(root="/docker/1f") + V2_MOUNTS + "a damaged line\n"
-    assert parse_mounts(text) == [
-        Mount("/sys/fs/cgroup/cpu,cpuacct", "/docker/1f", frozenset({"rw", "cpu", "cpuacct"})),
-        Mount("/sys/fs/cgroup/memory", "/docker/1f", frozenset({"rw", "memory"})),
-        Mount("/sys/fs/cgroup", "/", None),
-    ]
 
 
 @pytest.mark.parametrize(
