@@ -14,10 +14,11 @@ from typing import Final
 
 from safeloader.cli.command import Command
 from safeloader.cli.demo import Demo
+from safeloader.cli.explain import Explain
 from safeloader.cli.install import Install
 from safeloader.errors import ConfigError, SafeLoaderError
 
-COMMANDS: Final[tuple[type[Command], ...]] = (Demo, Install)
+COMMANDS: Final[tuple[type[Command], ...]] = (Demo, Explain, Install)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
