@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from safeloader.augmenter import SafeAugmenter
     from safeloader.faults.incident import Incident
+    from safeloader.pool.cases import note_case
     from safeloader.report.stats import Report, WorkerInfo
 
-__all__ = ["Incident", "Report", "SafeAugmenter", "WorkerInfo"]
+__all__ = ["Incident", "Report", "SafeAugmenter", "WorkerInfo", "note_case"]
 
 _HOME = {
     "Incident": "safeloader.faults.incident",
     "Report": "safeloader.report.stats",
     "SafeAugmenter": "safeloader.augmenter",
     "WorkerInfo": "safeloader.report.stats",
+    "note_case": "safeloader.pool.cases",
 }
 
 

@@ -6,6 +6,7 @@ enough; what is beyond the stock interface is keyword-only or a method that the 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -21,11 +22,13 @@ from typing import Any, Final
 import torch
 from batchgenerators.dataloading.data_loader import DataLoader
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from torch import distributed
 
-from safeloader.config import resolve
+from safeloader.config import Options, resolve
 from safeloader.errors import ClosedError, ConfigError, ForkedError, LoaderFinishedError
 from safeloader.faults.incident import Incident
-from safeloader.pool.pool import MAX_INCIDENTS, Pool
+from safeloader.pool.book import MAX_INCIDENTS
+from safeloader.pool.pool import Pool
 from safeloader.pool.seeding import root_seed
 from safeloader.pool.supervisor import Supervisor, open_pool
 from safeloader.pool.work import Work
@@ -35,6 +38,8 @@ logger = logging.getLogger("safeloader")
 
 _FINISH_S: Final = 10.0
 """Upstream's default for how long `_finish` may take."""
+_DISTRIBUTED_HANG_S: Final = 240.0
+"""NCCL gives up after 600 s: time for two replacements."""
 
 
 class SafeAugmenter(NonDetMultiThreadedAugmenter):  # type: ignore[misc]  # upstream has no types
@@ -104,6 +109,8 @@ class SafeAugmenter(NonDetMultiThreadedAugmenter):  # type: ignore[misc]  # upst
             WorkerError: the loader or the transform raised; the remote traceback is the cause.
             LoaderFinishedError: the loader is finite.
             RestartLimitError: workers die again and again without delivering.
+            BadCaseError: a case that can't be used, and may not be passed over.
+            OutageError: storage has failed for too long.
             StartError: no worker can start with this loader.
             ClosedError: after `close()`.
             ForkedError: in a child that was forked from the process that made this.
@@ -133,11 +140,12 @@ class SafeAugmenter(NonDetMultiThreadedAugmenter):  # type: ignore[misc]  # upst
             self._first_start = time.monotonic() if self._first_start is None else self._first_start
             self._supervisor, self._pool = open_pool(
                 Work(self.generator, self.transform),
-                self.options,
+                _capped(self.options),
                 seed=self.seed,
                 workers=self.num_processes,
                 num_cached=self.num_cached,
                 first_ticket=self._past.next_ticket,
+                quarantined=self._past.quarantined,
             )
             self._finalizer = weakref.finalize(self, _abandon, self._supervisor, self._pool, self._pid)
             self._finalizer.atexit = False
@@ -207,6 +215,7 @@ class SafeAugmenter(NonDetMultiThreadedAugmenter):  # type: ignore[misc]  # upst
             restarts=past.restarts,
             incidents=tuple(past.incidents),
             incident_counts=dict(past.kinds),
+            quarantined=tuple(past.quarantined),
             wait_s=past.wait_s,
             uptime_s=0.0 if self._first_start is None else time.monotonic() - self._first_start,
             seed=self.seed,
@@ -243,6 +252,7 @@ class _Past:
         self.use_fork = False
         self.incidents: deque[Incident] = deque(maxlen=MAX_INCIDENTS)
         self.kinds: Counter[str] = Counter()
+        self.quarantined: dict[str, None] = {}
 
     def add(self, pool: Pool) -> None:
         """Count a pool in."""
@@ -252,14 +262,16 @@ class _Past:
             self.restarts += pool.machine.restarts
             self.wait_s += pool.consumer.wait_s
             self.use_fork = pool.use_fork
-            self.incidents.extend(pool.incidents)
-            self.kinds.update(pool.incident_kinds)
+            self.incidents.extend(pool.book.incidents)
+            self.kinds.update(pool.book.kinds)
+            self.quarantined.update(pool.machine.blame.quarantined)
 
     def with_pool(self, pool: Pool | None) -> _Past:
         """A copy, with the running pool counted in."""
         both = _Past()
         both.__dict__.update(self.__dict__)
         both.incidents, both.kinds = self.incidents.copy(), self.kinds.copy()
+        both.quarantined = self.quarantined.copy()
         if pool is not None:
             both.add(pool)
         return both
@@ -281,6 +293,13 @@ def _check(data_loader: Any, num_processes: Any, num_cached: Any, seeds: Sequenc
             "data_loader is finite (infinite=False): SafeAugmenter takes infinite loaders only. Make it infinite, or "
             "use SafeMultiThreadedAugmenter."
         )
+
+
+def _capped(options: Options) -> Options:
+    """In distributed training, a worker must be replaced before the other ranks lose patience with this one."""
+    if options.hang_timeout_max_s is not None or not (distributed.is_available() and distributed.is_initialized()):
+        return options
+    return dataclasses.replace(options, hang_timeout_max_s=_DISTRIBUTED_HANG_S)
 
 
 _said: set[str] = set()

@@ -27,6 +27,17 @@ class StartMethod(str, Enum):
     """Only from a nursery forked from the trainer, as the stock augmenter does."""
 
 
+class OnBadCase(str, Enum):
+    """What two strikes on one case lead to."""
+
+    QUARANTINE = "quarantine"
+    """It is no longer drawn; at most 5 % of the cases."""
+    RAISE = "raise"
+    """The stream ends with an error."""
+    RETRY = "retry"
+    """It is tried again and again: nothing ever changes in the stream, and a case that stays bad stops it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What a `SafeAugmenter` can be told beyond the stock constructor; `OPTIONS` documents each.
@@ -43,6 +54,15 @@ class Options:
     backoff_max_s: float
     start_method: StartMethod
     loader_max_mib: int
+    hang_timeout_s: float | None
+    hang_timeout_first_s: float
+    hang_timeout_max_s: float | None
+    on_bad_case: OnBadCase
+    outage_timeout_s: float
+    grow_back_s: float
+    recycle_growth_mib: int
+    slow_warning_s: float
+    folder: str | None
 
 
 @dataclass(frozen=True)
@@ -84,6 +104,38 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "loader_max_mib": Option(
         256, int, "a loader whose pickle is larger is forked from the trainer instead", "MiB", minimum=0
     ),
+    "hang_timeout_s": Option(
+        None,
+        float,
+        "a worker without progress for so long is replaced; None is 20 x the 99th percentile of the batches' times, "
+        "at least 120 s; inf switches it off",
+        "s",
+        minimum=0.05,
+    ),
+    "hang_timeout_first_s": Option(
+        300.0, float, "at least this for a worker's start and first batch", "s", minimum=0.05
+    ),
+    "hang_timeout_max_s": Option(
+        None,
+        float,
+        "at most this, whatever else is said; None is 240 in distributed training (NCCL waits 600 s), else no limit",
+        "s",
+        minimum=0.05,
+    ),
+    "on_bad_case": Option(OnBadCase.QUARANTINE, OnBadCase, "after two strikes on one case: quarantine, raise or retry"),
+    "outage_timeout_s": Option(
+        3600.0, float, "how long storage may fail for many cases at once before that is an error", "s", minimum=0
+    ),
+    "grow_back_s": Option(
+        600.0, float, "after so long without trouble, one worker more is tried again", "s", minimum=0.05
+    ),
+    "recycle_growth_mib": Option(
+        2048, int, "a worker whose memory has grown by more than this since its 8th batch is replaced", "MiB", minimum=1
+    ),
+    "slow_warning_s": Option(
+        30.0, float, "a wait for a batch that is longer gets a line in the log", "s", minimum=0.05
+    ),
+    "folder": Option(None, str, "where incidents and quarantined cases are written; None is nowhere"),
 }
 
 assert set(OPTIONS) == {f.name for f in fields(Options)}, "every option has one field and one entry"

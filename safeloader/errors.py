@@ -12,6 +12,9 @@ error catches ours. A message says what happened, the evidence, and what to do; 
     │   └── BatchNotPicklableError   the batch can't be sent to the trainer
     ├── StartError             a loader that no worker can start with
     ├── RestartLimitError      workers die again and again without delivering a batch
+    ├── BadCaseError           a case fails again and again, and on_bad_case="raise"
+    │   └── QuarantineLimitError     more cases fail than may be quarantined
+    ├── OutageError            storage has failed for longer than outage_timeout_s
     └── InternalError          a fault of SafeLoader itself
 """
 
@@ -119,6 +122,36 @@ class RestartLimitError(SafeLoaderError):
 
     Attributes:
         incidents: the deaths that led here, oldest first.
+    """
+
+    def __init__(self, message: str, incidents: tuple[Incident, ...]) -> None:
+        super().__init__(message)
+        self.incidents = incidents
+
+
+class BadCaseError(SafeLoaderError):
+    """A case has cost two workers, or can't be read, and it is not to be quarantined.
+
+    Attributes:
+        case: its identifier.
+        incidents: what led here, oldest first.
+    """
+
+    def __init__(self, message: str, case: str | None, incidents: tuple[Incident, ...]) -> None:
+        super().__init__(message)
+        self.case = case
+        self.incidents = incidents
+
+
+class QuarantineLimitError(BadCaseError):
+    """More cases fail than may be quarantined: the dataset is broken, or the machine is."""
+
+
+class OutageError(SafeLoaderError):
+    """The data could not be read for longer than `outage_timeout_s`.
+
+    Attributes:
+        incidents: what led here, oldest first.
     """
 
     def __init__(self, message: str, incidents: tuple[Incident, ...]) -> None:

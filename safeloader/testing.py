@@ -1,6 +1,6 @@
 """Faults to order: for our tests, for the demo, and for users who want to see what their pipeline survives.
 
-with SafeAugmenter(loader, None, 4) as batches:
+with SafeAugmenter(loader, None, 4, on_bad_case="retry") as batches:  # chance is nobody's fault
     killer = Killer(batches, seed=1)
     for _ in range(1000):
         killer.maybe(every=50)      # about every 50th batch, one worker dies
@@ -13,7 +13,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from safeloader.augmenter import SafeAugmenter
@@ -67,3 +68,45 @@ class Killer:
             return False
         self.kills.append((pid, deadly))
         return True
+
+
+class Orders:
+    """Deeds that a test orders and a worker does, in a stage of its work: for what no signal can cause from outside.
+
+    The loader (or transform) has a copy and calls `obey` where it may be struck. An order is a file in a folder, and
+    who can remove it has to obey: so each is obeyed once, whoever dies of it.
+
+    Args:
+        folder: where the orders lie; it is made.
+        deeds: what can be ordered, by name.
+    """
+
+    def __init__(self, folder: str | Path, deeds: Mapping[str, Callable[[], object]]) -> None:
+        self.folder = Path(folder)
+        self.deeds = dict(deeds)
+        self._given = 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def give(self, deed: str, stage: str) -> None:
+        """Whoever next calls `obey` with this stage does the deed."""
+        if deed not in self.deeds:
+            raise KeyError(f"no deed {deed!r}: there are {', '.join(sorted(self.deeds))}")
+        self._given += 1
+        (self.folder / f"{stage}:{deed}:{self._given}").touch()
+
+    def obey(self, stage: str) -> None:
+        """Do what is ordered for this stage and nobody has done, if there is something."""
+        for name in os.listdir(self.folder):
+            ordered, deed, _ = name.split(":")
+            if ordered != stage:
+                continue
+            try:
+                (self.folder / name).unlink()
+            except FileNotFoundError:  # another worker was faster
+                continue
+            self.deeds[deed]()
+
+    def withdraw(self, deed: str = "*") -> None:
+        """Take back what nobody has obeyed yet."""
+        for order in list(self.folder.glob(f"*:{deed}:*")):
+            order.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,19 @@ class DeadlyOncePerBatch(RandomLoader):
         return super().__next__()
 
 
+class DeadlyOnceTold(RandomLoader):
+    """From the moment on in which the file `flag` is there, nobody makes a batch any more."""
+
+    def __init__(self, flag: Path) -> None:
+        super().__init__()
+        self.flag = flag
+
+    def __next__(self) -> dict[str, Any]:
+        if self.flag.exists():
+            os._exit(5)
+        return super().__next__()
+
+
 # ---- deeds ----
 
 
@@ -155,6 +169,51 @@ def free_twice() -> None:
     libc.free(address)
 
 
-def use_more_memory_than(cgroup: Path) -> None:
+def use_4_gib() -> None:
+    np.ones(4 << 30, dtype=np.uint8)
+
+
+# ---- ways to make no progress ----
+
+
+def sleep_for_ever() -> None:
+    time.sleep(3600)
+
+
+def spin_for_ever() -> None:
+    while True:
+        pass
+
+
+def hold_the_interpreter_lock_for_ever() -> None:
+    ctypes.PyDLL(None).sleep(3600)  # PyDLL calls C without letting go of the lock
+
+
+def lock_twice() -> None:
+    """Deadlock in native code, on a lock whose holder is itself."""
+    libc = ctypes.CDLL(None)
+    mutex = ctypes.create_string_buffer(64)
+    libc.pthread_mutex_init(mutex, None)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+
+
+def read_from_stalled_storage() -> None:
+    """A FIFO that nobody writes to: `open` blocks in the kernel, as on an NFS server that does not answer."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.mkfifo(Path(folder) / "case.b2nd")
+        os.open(Path(folder) / "case.b2nd", os.O_RDONLY)
+
+
+def sleep_uninterruptibly() -> None:
+    """State D: a parent in vfork waits for its child, and only SIGKILL ends that."""
+    libc = ctypes.CDLL(None)
+    if libc.vfork() == 0:
+        libc.pause()
+
+
+def be_frozen(cgroup: Path) -> None:
+    """A frozen cgroup: not even SIGKILL ends what is in there."""
     (cgroup / "cgroup.procs").write_text(str(os.getpid()))
-    np.ones(256 << 20, dtype=np.uint8)
+    (cgroup / "freezer.state").write_text("FROZEN")
+    time.sleep(3600)

@@ -22,6 +22,10 @@ class ExitCode(IntEnum):
     """The socket to the trainer was closed under the worker."""
     START_FAILED = 72
     """The loader raised while it was started; the reason was sent before."""
+    RETIRED = 73
+    """It was asked to leave."""
+    SPENT = 74
+    """Its loader is a generator, and a generator that has raised can't go on."""
 
 
 _ADVICE = {

@@ -36,11 +36,13 @@ class LoaderFactory:
     Attributes:
         rank: Of this process in DDP, else 0.
         world_size: Number of ranks, else 1.
+        folder: Where the augmenters write incidents, and remember quarantined cases.
         built: The augmenters by name, "train" first, then "val", as nnU-Net builds them.
     """
 
     rank: int
     world_size: int
+    folder: str
     built: dict[str, SafeAugmenter] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> SafeAugmenter:
@@ -51,9 +53,10 @@ class LoaderFactory:
         """
         index = len(self.built)
         name = ("train", "val")[index] if index < 2 else f"loader{index}"
+        title = name if self.rank == 0 else f"{name}@{self.rank}"  # ranks share the folder and the screen
         stream = stream_number(self.rank, self.world_size, index)
         seed = next((augmenter.seed for augmenter in self.built.values()), None)
-        augmenter = SafeAugmenter(*args, **kwargs, seed=seed, stream=stream, name=name)
+        augmenter = SafeAugmenter(*args, **kwargs, seed=seed, stream=stream, name=title, folder=self.folder)
         self.built[name] = augmenter
         return augmenter
 

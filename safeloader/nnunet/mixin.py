@@ -20,7 +20,8 @@ from torch import distributed
 
 from safeloader.faults.cpus import available_cpus
 from safeloader.nnunet.loaders import LoaderFactory, safe_loaders
-from safeloader.nnunet.record import About, TrainingRecord, report_path
+from safeloader.nnunet.record import About, TrainingRecord, put_aside, report_path
+from safeloader.pool.book import INCIDENTS_FILE
 
 if TYPE_CHECKING:
 
@@ -59,13 +60,18 @@ class SafeLoaderMixin(_Trainer):
         are lowered to that number, and the training log says so.
         """
         world_size = distributed.get_world_size() if self.is_ddp else 1
-        factory = LoaderFactory(self.local_rank, world_size)
+        if self.local_rank == 0 and self.current_epoch == 0:
+            put_aside(Path(self.output_folder) / INCIDENTS_FILE)
+        factory = LoaderFactory(self.local_rank, world_size, self.output_folder)
         cpus = available_cpus()
         with safe_loaders(type(self), factory, cpus, self.print_to_log_file):
             loaders = super().get_dataloaders()
         about = About(type(self).__name__, self.local_rank, self.current_epoch, cpus.reason)
         path = report_path(Path(self.output_folder), self.local_rank)
         self._safeloader = TrainingRecord(factory.built, path, about)
+        remembered = self._safeloader.remembered()
+        if remembered is not None:
+            self.print_to_log_file(remembered)
         return loaders
 
     def on_epoch_end(self) -> None:

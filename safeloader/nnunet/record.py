@@ -10,17 +10,23 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from safeloader.pool.book import INCIDENTS_FILE
+
 if TYPE_CHECKING:
     from safeloader.augmenter import SafeAugmenter
     from safeloader.faults.incident import Incident
+    from safeloader.report.stats import Report
 
 REPORT_FILE: Final = "safeloader_report.json"
+_LONG: Final = ("stderr_tail", "stacks", "figures")
+_FEW: Final = 10
+"""Cases that are named in a line."""
 
 
 def report_path(output_folder: Path, rank: int) -> Path:
@@ -45,6 +51,12 @@ class About:
     workers: str
 
 
+def put_aside(incidents: Path) -> None:
+    """A training that begins anew begins with no incidents and no quarantine; the earlier run's file is kept."""
+    if incidents.exists():
+        os.replace(incidents, incidents.with_suffix(f".{datetime.now():%Y%m%d-%H%M%S}.jsonl"))
+
+
 class TrainingRecord:
     """The loaders of one training run, and what has been said about them."""
 
@@ -58,21 +70,39 @@ class TrainingRecord:
         self._earlier = _earlier_runs(path) if about.first_epoch > 0 else []
         self.ended = False
 
-    def news(self) -> str | None:
-        """One line about the incidents since the last call; None if there were none."""
-        fresh: list[Incident] = []
+    def remembered(self) -> str | None:
+        """One line about the cases that an earlier run has quarantined; None if there are none."""
+        cases = []
         for name, loader in self._loaders.items():
             report = loader.report()
+            fresh = {incident.case for incident in report.incidents if incident.kind == "quarantine"}
+            cases += [f"{name}: {case}" for case in report.quarantined if case not in fresh]
+        if not cases:
+            return None
+        return (
+            f"SafeLoader: {_quarantined_cases(len(cases))} since an earlier run ({_few(cases)}): remove the lines "
+            f"about them from {self._path.with_name(INCIDENTS_FILE)} to have them drawn again"
+        )
+
+    def news(self) -> str | None:
+        """One line about the incidents since the last call and the quarantined cases; None if there are none."""
+        fresh: list[Incident] = []
+        quarantined: list[str] = []
+        for name, loader in self._loaders.items():
+            report = loader.report()
+            quarantined += [f"{name}: {case}" for case in report.quarantined]
             happened = sum(report.incident_counts.values())
             # Counted from the end: a report keeps the latest incidents only.
             fresh += report.incidents[max(0, len(report.incidents) - (happened - self._told[name])) :]
             self._told[name] = happened
+        bad = f"{_quarantined_cases(len(quarantined))} ({_few(quarantined)})" if quarantined else ""
         if not fresh:
-            return None
+            return f"SafeLoader: {bad}. Details: {INCIDENTS_FILE}" if bad else None
         count = "1 incident" if len(fresh) == 1 else f"{len(fresh)} incidents"
         pools = dict.fromkeys(incident.pool for incident in fresh)
         causes = "; ".join(f"{pool}: {_causes(i for i in fresh if i.pool == pool)}" for pool in pools)
-        return f"SafeLoader: {count} ({causes}), unfinished batches made again. Details: {self._path.name}"
+        made = "unfinished batches made again" + (f"; {bad}" if bad else "")
+        return f"SafeLoader: {count} ({causes}), {made}. Details: {INCIDENTS_FILE}"
 
     def summary(self) -> list[str]:
         """One line per loader, and one that names the file."""
@@ -87,6 +117,11 @@ class TrainingRecord:
                 f"SafeLoader: {name}: {report.batches} batches, {replaced}{causes}, "
                 f"waited {report.wait_s:.1f} s for batches, seed {report.seed}"
             )
+            if report.quarantined:
+                lines.append(
+                    f"SafeLoader: {name}: trained without {_quarantined_cases(len(report.quarantined))}: "
+                    f"{_few(report.quarantined)}"
+                )
         return [*lines, f"SafeLoader: the report is {self._path}"]
 
     def close(self) -> None:
@@ -108,10 +143,19 @@ class TrainingRecord:
             "outcome": outcome,
             "started": self._started,
             "written": _now(),
-            "loaders": {name: loader.report().to_dict() for name, loader in self._loaders.items()},
+            "loaders": {name: _brief(loader.report()) for name, loader in self._loaders.items()},
             "earlier_runs": self._earlier,
         }
         _write_atomically(self._path, json.dumps(state, indent=2) + "\n")
+
+
+def _brief(report: Report) -> dict[str, Any]:
+    """All of a report but what makes incidents long and is in their own file."""
+    state = report.to_dict()
+    for incident in state["incidents"]:
+        for field in _LONG:
+            del incident[field]
+    return state
 
 
 def _causes(incidents: Iterable[Incident]) -> str:
@@ -120,7 +164,17 @@ def _causes(incidents: Iterable[Incident]) -> str:
     return ", ".join(f"{number} × {cause}" for cause, number in counts.most_common())
 
 
+def _quarantined_cases(number: int) -> str:
+    return "1 quarantined case" if number == 1 else f"{number} quarantined cases"
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:_FEW]) + (f" and {len(names) - _FEW} more" if len(names) > _FEW else "")
+
+
 def _cause(incident: Incident) -> str:
+    if incident.kind in ("worker-hang", "oom-kill"):
+        return {"worker-hang": "hang", "oom-kill": "OOM kill"}[incident.kind]
     if incident.signal is not None:
         return incident.signal
     if incident.exit_code is not None:

@@ -8,6 +8,7 @@ raised here, in `take`, and nowhere else.
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import threading
 import time
@@ -21,6 +22,8 @@ from safeloader.pool import events
 from safeloader.pool.failure import FailureRecord, to_error
 from safeloader.ring import codec
 from safeloader.ring.lease import Lease, lease
+
+logger = logging.getLogger("safeloader")
 
 
 def _nowhere(event: events.Event) -> None:
@@ -47,14 +50,17 @@ class Consumer:
     Attributes:
         next_ticket: the first ticket that was not delivered yet.
         wait_s: how long `take` has waited, in seconds, all in all.
-        post: tells the machine what was taken. wake: has `released` asked. Both are set before the first `put`.
+        post: tells the machine what was taken. wake: has `released` asked. describe: says who has a ticket. All three
+            are set before the first `put`.
     """
 
-    def __init__(self, name: str, first_ticket: int, max_leases: int) -> None:
+    def __init__(self, name: str, first_ticket: int, max_leases: int, *, slow_s: float) -> None:
         self.next_ticket = first_ticket
         self.wait_s = 0.0
         self.post: Callable[[events.Event], None] = _nowhere
         self.wake: Callable[[], None] = _not_open
+        self.describe: Callable[[int], str] = str
+        self._slow_s = slow_s
         self._name = name
         self._first_ticket = first_ticket
         self._max_leases = max_leases
@@ -142,13 +148,21 @@ class Consumer:
 
     def _wait_for(self, ticket: int) -> _ReadyBatch:
         started = time.monotonic()
+        said = False
         if ticket not in self._ready:
             self.wake()  # once a wait, not once a ring: a lease's alarm may have got lost before it
         try:
             while (ready := self._ready.get(ticket)) is None:
                 if self._errors:
                     raise self._errors[0].with_traceback(None)
-                self._bell.acquire()
+                rung = self._bell.acquire(timeout=-1 if said else max(0.0, started + self._slow_s - time.monotonic()))
+                if not rung:
+                    said = True
+                    logger.warning(
+                        "SafeLoader: training has waited %.0f s for the batch of ticket %d of pool %r: %s. Slow is not "
+                        "hung: it goes on, and a worker that makes no progress is replaced.",
+                        time.monotonic() - started, ticket, self._name, self.describe(ticket),
+                    )  # fmt: skip
             return ready
         finally:
             self.wait_s += time.monotonic() - started

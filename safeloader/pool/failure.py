@@ -16,8 +16,10 @@ from safeloader.errors import (
     SafeLoaderError,
     WorkerError,
 )
+from safeloader.faults.storage import ReadFailure
+from safeloader.pool.events import Failure
 from safeloader.pool.wire import MAX_TEXT_CHARS, clip
-from safeloader.ring.status_page import Stage
+from safeloader.ring.status_page import Stage, words
 
 _MAX_EXCEPTION_NBYTES: Final = 1 << 20
 """An exception object that pickles to more than this is described, not sent."""
@@ -33,12 +35,36 @@ class FailureRecord:
     text: str
     traceback: str
     stage: Stage
-    case: str | None
+    cases: tuple[str, ...]
+    place: str
+    read: str | None
     pid: int
     worker: int
     incarnation: int
     unpicklable_path: str | None = None
     pickled: bytes | None = None
+
+    @property
+    def case(self) -> str | None:
+        """The cases in hand, for a person; None if they are not known."""
+        return words(self.cases)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the loader has come to its end: it is finite."""
+        return self.kind == "StopIteration" and self.stage is Stage.LOADING
+
+    @property
+    def failure(self) -> Failure:
+        """As the machine is told."""
+        culprit = self.cases[0] if len(self.cases) == 1 and self.stage is not Stage.ENCODING else None
+        return Failure(
+            place=self.place,
+            case=culprit,
+            reading=self.read is not None,
+            broken=self.read == ReadFailure.CONTENT,
+            final=self.ended or self.unpicklable_path is not None,
+        )
 
     @property
     def summary(self) -> str:
@@ -83,7 +109,7 @@ def to_error(record: FailureRecord, ticket: int, pool: str) -> SafeLoaderError:
     where = f"worker {pool}-{record.worker} (pid {record.pid}) while {record.stage.word} the batch of ticket {ticket}"
     if record.case:
         where += f" (case {record.case})"
-    if record.kind == "StopIteration" and record.stage is Stage.LOADING:
+    if record.ended:
         error = LoaderFinishedError(
             f"the loader of pool {pool!r} came to its end at ticket {ticket}: SafeAugmenter takes infinite loaders "
             "only (batchgenerators' DataLoader: infinite=True). For finite epochs use SafeMultiThreadedAugmenter."

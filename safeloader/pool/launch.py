@@ -6,6 +6,7 @@ Used by the supervisor's thread only; the kernel ties the nursery to that thread
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -21,12 +22,15 @@ from typing import Final, Protocol
 from safeloader import killpoints
 from safeloader.faults.exits import ExitCode, ProcessExit
 from safeloader.pool import process, wire
+from safeloader.pool.relay import Relay, adopt
 from safeloader.pool.work import Work
 
 _BOOTSTRAP: Final = f"""\
-import ctypes, os, sys
+import ctypes, faulthandler, os, sys
 ctypes.CDLL(None).prctl(1, {int(signal.SIGKILL)}, 0, 0, 0)
 os.getppid() == int(sys.argv[2]) or os._exit({int(ExitCode.ORPHANED)})
+faulthandler.enable()
+faulthandler.register({int(process.STACKS_SIGNAL)}, chain=True)
 sys.path[:] = sys.argv[4:]
 from safeloader.pool.nursery import main
 main(sys.argv[1:4])
@@ -49,9 +53,14 @@ _ENVIRONMENT_UNLESS_SET: Final = {
     # worker then pays a page fault per 4 KiB for each transform. 32 MiB is the most that glibc takes for the first.
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+    # glibc's last words ("free(): invalid pointer") go to stderr, not to a terminal that nobody reads.
+    "LIBC_FATAL_STDERR_": "1",
     # Sets iterate in the same order in every nursery.
     "PYTHONHASHSEED": "0",
 }
+
+_STACKS_S: Final = 0.5
+"""How long a nursery that hangs may take to write its stacks."""
 
 
 class _Process(Protocol):
@@ -97,21 +106,36 @@ class ForkRequest:
     order: wire.Fork
     channel: wire.Channel
     page_fd: int
+    stderr_fd: int
+
+    def close(self) -> None:
+        """Let go of what is the worker's."""
+        self.channel.close()
+        os.close(self.stderr_fd)
 
 
 class Nursery:
     """One nursery process as the trainer sees it.
 
     Attributes:
-        channel: to the nursery. ready: whether it has said so. pid: its process id.
-        loading: the pool whose loader it is unpickling now, or None.
+        channel: to the nursery. relay: what it writes to stderr. ready: whether it has said so. pid: its process id.
+        loading: the pool whose loader it is unpickling now, or None. asked: the pool that the request under way is for.
+        since: when its start or the request under way began, on `time.monotonic`'s clock; None if it has nothing to do.
+        hung_s: how long it had not answered when it was killed for that, or None.
+        stopped: it was killed because a signal from outside had stopped it: what it was doing is not to blame.
     """
 
-    def __init__(self, channel: wire.Channel, process_: _Process, loaded: Sequence[int] = ()) -> None:
+    def __init__(self, channel: wire.Channel, process_: _Process, relay: Relay, loaded: Sequence[int] = ()) -> None:
         self.channel = channel
+        self.relay = relay
         self.ready = False
         self.pid = process_.pid
         self.loading: int | None = None
+        self.asked: int | None = None
+        self.since: float | None = time.monotonic()
+        self.hung_s: float | None = None
+        self.stopped = False
+        self._kill_at: float | None = None
         self._process = process_
         self._loaded = set(loaded)
         self._queue: deque[ForkRequest] = deque()
@@ -121,35 +145,53 @@ class Nursery:
     def spawn(cls, generation: int) -> Nursery:
         """Start a clean one. It does not import the user's script, so that needs no `__main__` guard."""
         ours, theirs = wire.Channel.pair()
-        # Above the standard streams, even if the trainer has closed those.
-        fd = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+        relay, stderr_fd = Relay.create()
         environment = {**_ENVIRONMENT_UNLESS_SET, **os.environ, **_ENVIRONMENT}
-        popen = subprocess.Popen(
-            [sys.executable, "-c", _BOOTSTRAP, str(fd), str(os.getpid()), str(generation), *sys.path],
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            pass_fds=[fd],
-        )
-        theirs.close()
-        os.close(fd)
+        with contextlib.ExitStack() as theirs_only:
+            theirs_only.callback(os.close, stderr_fd)
+            theirs_only.callback(theirs.close)
+            try:
+                # Above the standard streams, even if the trainer has closed those.
+                fd = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+                theirs_only.callback(os.close, fd)
+                popen = subprocess.Popen(
+                    [sys.executable, "-c", _BOOTSTRAP, str(fd), str(os.getpid()), str(generation), *sys.path],
+                    stdin=subprocess.DEVNULL,
+                    stderr=stderr_fd,
+                    env=environment,
+                    pass_fds=[fd],
+                )
+            except OSError:
+                relay.close()
+                ours.close()
+                raise
         killpoints.reach("trainer.step.spawned")
-        return cls(ours, _Spawned(popen))
+        return cls(ours, _Spawned(popen), relay)
 
     @classmethod
     def fork(cls, pool: int, work: Work, generation: int) -> Nursery:
         """Start one that has the pool's loader by being a copy of this process."""
         ours, theirs = wire.Channel.pair()
+        relay, stderr_fd = Relay.create()
         trainer = os.getpid()
         with warnings.catch_warnings():
             # Python 3.12 warns that forking a process with threads may deadlock the child. It may; so does the
             # stock augmenter's fork. The child takes no lock of the trainer's.
             warnings.simplefilter("ignore", DeprecationWarning)
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError:
+                relay.close()
+                os.close(stderr_fd)
+                raise
         if pid == 0:
+            adopt(stderr_fd)
+            relay.close()
             _become_nursery(theirs, ours, {pool: work}, trainer, generation)
         theirs.close()
+        os.close(stderr_fd)
         killpoints.reach("trainer.step.forked")
-        return cls(ours, _Forked(pid), loaded=[pool])
+        return cls(ours, _Forked(pid), relay, loaded=[pool])
 
     def request(self, request: ForkRequest) -> None:
         """Queue a worker; `pump` sends it when its turn has come."""
@@ -170,20 +212,24 @@ class Nursery:
         if not self.ready or self._busy or not self._queue:
             return
         self._busy = True
-        pool = self._queue[0].order.pool
+        self.since = time.monotonic()
+        pool = self.asked = self._queue[0].order.pool
         if pool not in self._loaded:
             fd, nbytes = loader_of(pool)
             self.loading = pool
             self.channel.send(wire.Load(pool, nbytes), [fd])
             return
         request = self._queue.popleft()
-        self.channel.send(request.order, [request.channel.fileno(), request.page_fd])
-        request.channel.close()
+        try:
+            self.channel.send(request.order, [request.channel.fileno(), request.page_fd, request.stderr_fd])
+        finally:
+            request.close()
 
     def answered(self, loaded: int | None = None) -> None:
         """The request under way was answered."""
         self._busy = False
-        self.loading = None
+        self.loading = self.asked = None
+        self.since = None
         if loaded is not None:
             self._loaded.add(loaded)
 
@@ -192,6 +238,37 @@ class Nursery:
         if pool in self._loaded:
             self._loaded.discard(pool)
             self.channel.send(wire.Unload(pool))
+
+    @property
+    def serving(self) -> int | None:
+        """The pool whose request is under way or comes next, or None."""
+        if self.asked is not None:
+            return self.asked
+        return self._queue[0].order.pool if self._queue else None
+
+    def is_ready(self) -> None:
+        """It has said so."""
+        self.ready = True
+        self.since = None
+
+    def condemn(self, *, stopped: bool) -> None:
+        """It does not answer: have it write its stacks to stderr and end; `kill_if_late` sees that it does."""
+        if self._kill_at is None and self.poll() is None:
+            self.hung_s = time.monotonic() - self.since if self.since is not None else 0.0
+            self.stopped = stopped
+            self._kill_at = time.monotonic() + _STACKS_S
+            os.kill(self.pid, process.STACKS_SIGNAL)
+            os.kill(self.pid, signal.SIGCONT)  # one that is stopped takes the other signal only then
+
+    def kill_if_late(self) -> None:
+        """Kill one that was condemned and has not ended."""
+        if self._kill_at is not None and time.monotonic() >= self._kill_at:
+            self.kill()
+
+    @property
+    def kill_at(self) -> float | None:
+        """When `kill_if_late` has something to do, or None."""
+        return self._kill_at
 
     def poll(self) -> ProcessExit | None:
         """How it ended, or None while it runs."""
@@ -210,10 +287,10 @@ class Nursery:
             os.kill(self.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """Close our end: the nursery leaves."""
+        """Close our end of the socket: the nursery leaves. What it still writes to stderr is read by its relay."""
         self.channel.close()
         for request in self._queue:
-            request.channel.close()
+            request.close()
         self._queue.clear()
 
 
@@ -235,5 +312,6 @@ def _become_nursery(
     except BaseException:  # noqa: BLE001 - nothing may unwind into the trainer's frames
         sys.excepthook(*sys.exc_info())
     finally:
-        sys.stderr.flush()
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            sys.stderr.flush()
         os._exit(1)

@@ -8,35 +8,43 @@ A worker's life (`_Worker.state`):
     STARTING ──Ready──► READY ──Exited──► DOWN ──its time comes──► STARTING (next incarnation)
         └──────Exited──────────────────────▲
 
-A slot's life (`_Slot.state`); a slot has one owner at any time:
+A ticket's life: issued in ascending order, lost tickets first → READY → taken exactly once, in order. A ticket is lost
+with its worker, or ends in an exception that is not raised; it is made again at once or after a while.
 
-    FREE ──Produce──► FILLING(worker, ticket) ──Done, Failed──► READY ──Taken──► LEASED ──Released──► FREE
-      ▲                     │ worker Exited
-      └─────────────────────┘   (discarded instead if nobody can prove that the worker writes no more)
-
-A ticket's life: issued in ascending order, lost tickets first → READY → taken exactly once, in order.
+Four books are kept by parts of their own: `slots` (whose slot), `blame` (a failure's culprit), `strength` (how many
+workers, and when to give up), `patience` (how long without progress).
 
 Sizes. There are at most workers + 2 x num_cached slots. The consumer leases no more than `Limits.max_leases` of them
 (beyond that it gets copies), so workers always have some. A lost ticket has a slot kept for it: otherwise the others'
 READY slots could wait for it for ever.
 
-Restarts. A death is replaced at once; the same worker's next ones after a growing back-off, until the pool makes a
-batch while this worker is ready. If the whole pool dies more than `max_restarts` times in `window_s` with no batch in
-between, it is given up; a worker that dies before it is ready counts towards a smaller limit. A worker that was idle is
-not evidence against the pool, so it does not count; of the workers that go down with their nursery, one counts.
+Restarts. A death is replaced at once; the same worker's next ones after a growing back-off, until it makes a batch.
+If not all may run, those with the fewest deaths do. A worker that was idle is not evidence against the pool, so it does
+not count towards the intensity, and neither does one beyond those that may run now; of the workers that go down with
+their nursery, one counts.
+
+Watchdog. A worker that starts, works or was asked to leave must show progress within `patience`. Time during which
+the machine itself was not asked says nothing about the workers, so it does not count.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from enum import Enum, auto
+from enum import Enum
 from typing import Final
 
+from safeloader.pool.blame import Blame, Fate, Policy, Verdict
 from safeloader.pool.events import (
+    Abandon,
     Action,
+    Budget,
+    Cause,
     Close,
+    Condemn,
     CreateSlot,
     Deliver,
     DiscardSlot,
@@ -44,18 +52,41 @@ from safeloader.pool.events import (
     Exited,
     Finished,
     GiveUp,
+    Grown,
+    Inspect,
     Mourn,
+    Outage,
     Produce,
+    Quarantine,
     Ready,
+    Redraw,
     Released,
+    Retire,
+    Retry,
+    Seen,
     Start,
     Stop,
     Taken,
     Tick,
+    Why,
 )
+from safeloader.pool.patience import HangLimits, Patience
+from safeloader.pool.slots import Slots, SlotState
+from safeloader.pool.strength import Strength, StrengthLimits
 
 TICKETS_AHEAD: Final = 2
 """Tickets that a worker holds at most: one in work, one so that it need not wait for the trainer."""
+DEATHS_IN_A_ROW: Final = 6
+"""Deaths of one worker, while others make batches, after which the pool goes on without it for a while."""
+KILL_S: Final = 5.0
+"""How long a killed worker may take to end; then it is abandoned. (State D: the kernel can't end it.)"""
+HEARTBEAT_S: Final = 5.0
+"""While a worker is watched, the machine asks to be called at least this often."""
+ASLEEP_S: Final = 3 * HEARTBEAT_S
+"""If it was not, the whole process was stopped or starved, and that is not the workers' fault."""
+_SLEEPS: Final = 32
+"""How many of them are remembered, for progress that only a page knows of."""
+_BLAMED: Final = (Cause.ITSELF, Cause.READING, Cause.HUNG, Cause.MEMORY)
 
 
 class WorkerState(str, Enum):
@@ -64,15 +95,6 @@ class WorkerState(str, Enum):
     STARTING = "starting"
     READY = "ready"
     DOWN = "down"
-
-
-class SlotState(Enum):
-    """See the module's diagram."""
-
-    FREE = auto()
-    FILLING = auto()
-    READY = auto()
-    LEASED = auto()
 
 
 class PoolState(str, Enum):
@@ -93,6 +115,11 @@ class Limits:
     window_s: float
     backoff_first_s: float
     backoff_max_s: float
+    begin_with: int | None = None
+    grow_back_s: float = 600.0
+    other_method: bool = False
+    hang: HangLimits = field(default_factory=HangLimits)
+    policy: Policy = field(default_factory=Policy)
 
     @property
     def slots(self) -> int:
@@ -105,9 +132,12 @@ class Limits:
         return max(2, self.num_cached)
 
     @property
-    def max_failed_starts(self) -> int:
-        """Deaths before `Ready`, with nobody getting ready in between: each worker may fail once, and two more."""
-        return self.workers + 2
+    def strength(self) -> StrengthLimits:
+        """What is about the number of workers."""
+        begin_with = self.workers if self.begin_with is None else self.begin_with
+        return StrengthLimits(
+            self.workers, begin_with, self.max_restarts, self.window_s, self.grow_back_s, self.other_method
+        )
 
 
 @dataclass
@@ -116,15 +146,23 @@ class _Worker:
     state: WorkerState = WorkerState.DOWN
     incarnation: int = -1
     restart_at: float = 0.0
+    spent: bool = False  # it left by agreement: the next life is no restart
     assigned: deque[tuple[int, int]] = field(default_factory=deque)  # (ticket, slot), oldest first
-    deaths: deque[float] = field(default_factory=deque)  # since the pool's last batch while it was ready
+    deaths: deque[float] = field(default_factory=deque)  # since its last batch
+    fresh: bool = True  # no batch in this life yet
+    began: float = 0.0  # what it does now
+    since: float = 0.0  # its last sign of progress
+    condemned_at: float | None = None
+    draining: bool = False  # gets no more tickets
+    retired: bool = False  # was asked to leave
 
+    @property
+    def watched(self) -> bool:
+        """Whether progress is expected of it."""
+        return self.condemned_at is None and (self.state is WorkerState.STARTING or bool(self.assigned) or self.retired)
 
-@dataclass
-class _Slot:
-    state: SlotState = SlotState.FREE
-    worker: int | None = None
-    ticket: int | None = None
+    def begins(self, now: float) -> None:
+        self.began = self.since = now
 
 
 class Machine:
@@ -132,20 +170,24 @@ class Machine:
 
     Attributes:
         state: whether the pool runs.
-        restarts: workers started beyond the first of each.
+        restarts: workers started again after a death.
+        blame: the book of failures; `blame.quarantined` are the cases that are not drawn.
     """
 
-    def __init__(self, limits: Limits, *, first_ticket: int = 0) -> None:
+    def __init__(self, limits: Limits, *, first_ticket: int = 0, quarantined: Iterable[str] = ()) -> None:
         self.limits = limits
         self.state = PoolState.RUNNING
         self.restarts = 0
+        self.blame = Blame(limits.policy, quarantined)
+        self._strength = Strength(limits.strength)
+        self._patience = Patience(limits.hang)
+        self._slots = Slots(limits.slots)
         self._workers = [_Worker(index) for index in range(limits.workers)]
-        self._slots: dict[int, _Slot] = {}
-        self._slots_made = 0
         self._next_ticket = first_ticket
         self._lost: list[int] = []  # a heap
-        self._deaths: deque[float] = deque()  # of the pool, since its last batch
-        self._failed_starts = 0  # since anybody got ready or made a batch
+        self._later: dict[int, float] = {}  # lost tickets whose time has not come
+        self._last = 0.0
+        self._sleeps: deque[tuple[float, float]] = deque(maxlen=_SLEEPS)  # (from, to)
         self._actions: list[Action] = []
 
     # ---- what the supervisor and people may ask ----
@@ -158,9 +200,18 @@ class Machine:
         """The worker's current life, or -1 before the first."""
         return self._workers[worker].incarnation
 
+    def holder(self, ticket: int) -> int | None:
+        """The worker that has the ticket, or None."""
+        return next((w.index for w in self._workers if any(ticket == held for held, _ in w.assigned)), None)
+
     def slots(self) -> dict[SlotState, int]:
         """How many slots are in each state."""
-        return {state: sum(slot.state is state for slot in self._slots.values()) for state in SlotState}
+        return self._slots.counts()
+
+    @property
+    def allowed(self) -> int:
+        """How many workers may run now."""
+        return self._strength.allowed
 
     @property
     def stopped(self) -> bool:
@@ -169,182 +220,342 @@ class Machine:
 
     def next_wake(self) -> float | None:
         """When a `Tick` will change something, on the caller's clock."""
-        if self.state is not PoolState.RUNNING:
-            return None
-        return min((w.restart_at for w in self._workers if w.state is WorkerState.DOWN), default=None)
+        wakes = [w.condemned_at + KILL_S for w in self._workers if w.condemned_at is not None]
+        if self.state is PoolState.RUNNING:
+            wakes += self._later.values()
+            wakes += [self._deadline(w) for w in self._workers if w.watched]
+            if any(w.watched for w in self._workers):
+                wakes.append(self._last + HEARTBEAT_S)
+            if self._strength.grow_at < math.inf:
+                wakes.append(self._strength.grow_at)
+            wakes += [w.restart_at for w in self._up_next()]
+        return min(wakes, default=None)
 
     # ---- the one entrance ----
 
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take in one event; events about earlier incarnations are ignored."""
         self._actions = []
+        self._discount_sleep(now)
         match event:
-            case Ready(worker, incarnation):
-                self._on_ready(worker, incarnation)
-            case Finished():
-                self._on_finished(event)
-            case Exited():
-                self._on_exited(event, now)
+            case Budget(workers):
+                self._note(self._strength.budget(workers))
             case Taken(ticket):
-                self._on_taken(ticket)
+                self._slots.taken(ticket)
             case Released(slot):
-                self._on_released(slot)
+                self._slots.released(slot)
             case Tick():
-                pass
+                self._watch(now)
             case Close(failed):
                 self._on_close(PoolState.FAILED if failed else PoolState.CLOSED)
+            case _:
+                self._on_worker(event, now)
         if self.state is PoolState.RUNNING:
+            self._note(self._strength.grow(now))
             self._start_workers(now)
-            self._assign_lost()
-            self._assign_new()
+            self._assign_lost(now)
+            self._assign_new(now)
+            self._retire(now)
         self._trim()
         return self._actions
 
+    def _note(self, action: Action | None) -> None:
+        if action is not None:
+            self._actions.append(action)
+
     # ---- events ----
+
+    def _on_worker(self, event: Ready | Finished | Exited | Seen | Grown, now: float) -> None:
+        match event:
+            case Ready():
+                self._on_ready(event, now)
+            case Finished():
+                self._on_finished(event, now)
+            case Exited():
+                self._on_exited(event, now)
+            case Seen():
+                self._on_seen(event, now)
+            case Grown(worker, incarnation):
+                self._on_grown(worker, incarnation)
 
     def _current(self, worker: int, incarnation: int) -> _Worker | None:
         known = self._workers[worker]
         return known if known.incarnation == incarnation and known.state is not WorkerState.DOWN else None
 
-    def _on_ready(self, index: int, incarnation: int) -> None:
-        worker = self._current(index, incarnation)
+    def _on_ready(self, event: Ready, now: float) -> None:
+        worker = self._current(event.worker, event.incarnation)
         if worker is not None:
             worker.state = WorkerState.READY
-            self._failed_starts = 0
+            worker.begins(now)
+            self._strength.somebody_is_ready()
+            if event.cases is not None:
+                self.blame.draws_from(event.cases)
 
-    def _on_finished(self, event: Finished) -> None:
+    def _on_finished(self, event: Finished, now: float) -> None:
         worker = self._current(event.worker, event.incarnation)
         if worker is None or (event.ticket, event.slot) not in worker.assigned:
             return
         worker.assigned.remove((event.ticket, event.slot))
-        for ready in self._workers:
-            if ready.state is WorkerState.READY:
-                ready.deaths.clear()
-        self._deaths.clear()
-        self._failed_starts = 0
-        if self.state is PoolState.RUNNING:
-            self._slots[event.slot] = _Slot(SlotState.READY, ticket=event.ticket)
-            self._actions.append(Deliver(event.ticket, event.slot, event.failed))
+        begun = worker.began
+        worker.begins(now)
+        if self.state is not PoolState.RUNNING:
+            self._slots.free(event.slot)
+        elif event.failure is None:
+            worker.fresh = False
+            self._on_batch(event, now, begun)
         else:
-            self._slots[event.slot] = _Slot()
+            verdict = self.blame.failed(event.ticket, event.failure, now)
+            if verdict.fate is Fate.RAISE:
+                self._deliver(event)
+                return
+            self._slots.free(event.slot)
+            self._lose(event.ticket, now + verdict.in_s)
+            self._actions.append(Retry(event.worker, event.incarnation, event.ticket, verdict.in_s))
+            self._carry_out(verdict, event.ticket, now)
+
+    def _on_batch(self, event: Finished, now: float, begun: float) -> None:
+        self._patience.took(now - begun)
+        self._workers[event.worker].deaths.clear()
+        self._strength.batch_was_made()
+        lasted_s = self.blame.succeeded(event.ticket, event.cases, now, begun=begun)
+        if lasted_s is not None:
+            self._actions.append(Outage((), lasted_s))
+        self._deliver(event)
+
+    def _deliver(self, event: Finished) -> None:
+        self._slots.ready(event.slot, event.ticket)
+        self._actions.append(Deliver(event.ticket, event.slot, event.failure is not None))
 
     def _on_exited(self, event: Exited, now: float) -> None:
         worker = self._current(event.worker, event.incarnation)
         if worker is None:
             return
         tickets = tuple(ticket for ticket, _ in worker.assigned)
-        was_idle = worker.state is WorkerState.READY and not tickets
-        failed_start = worker.state is WorkerState.STARTING and event.counts
+        cause = event.cause if worker.condemned_at is None else Cause.HUNG
+        idle_s = now - worker.since if cause is Cause.HUNG else 0.0
+        starting = worker.state is WorkerState.STARTING
+        is_evidence = (starting or bool(tickets)) and self._running <= self.allowed
         for ticket, slot in worker.assigned:
-            heapq.heappush(self._lost, ticket)
-            self._slots[slot] = _Slot()
+            self._lose(ticket, now)
+            self._slots.free(slot)
             if not event.proven:
                 self._discard(slot)
         worker.assigned.clear()
+        worker.condemned_at = None
+        worker.draining = worker.retired = False
         worker.state = WorkerState.DOWN
         if self.state is not PoolState.RUNNING:
             return
+        worker.spent = cause is Cause.SPENT and not starting
+        if worker.spent:
+            worker.restart_at = now
+            return
+        in_hand = event.ticket if event.ticket in tickets and cause in _BLAMED else None
+        verdict = Verdict(Fate.AGAIN)
+        if in_hand is not None and (cause is not Cause.MEMORY or (self.allowed == 1 and self._running == 0)):
+            verdict = self.blame.died(in_hand, event.case, now, cause, idle_s=idle_s)
+            self._lose(in_hand, now + verdict.in_s)
+        self._count_death(worker, now, counts=event.counts and is_evidence, starting=starting)
+        memory = self._strength.one_less(Why.MEMORY, now) if cause is Cause.MEMORY else None
+        rung = self._next_rung(worker, now)
+        ends = isinstance(rung, GiveUp) or verdict.fate is Fate.END
+        replaced = not ends and worker in self._up_next()
+        restart_in_s = worker.restart_at - now if replaced else None
+        self._actions.append(
+            Mourn(event.worker, event.incarnation, tickets, restart_in_s, cause=cause, again_in_s=verdict.in_s)
+        )
+        for action in (memory, rung):
+            self._note(action)
+        if isinstance(rung, GiveUp):
+            self._on_close(PoolState.FAILED)
+        elif in_hand is not None:
+            self._carry_out(verdict, in_hand, now)
 
-        for deaths in (worker.deaths, self._deaths):
-            while deaths and deaths[0] < now - self.limits.window_s:
-                deaths.popleft()
+    def _count_death(self, worker: _Worker, now: float, *, counts: bool, starting: bool) -> None:
+        while worker.deaths and worker.deaths[0] < now - self.limits.window_s:
+            worker.deaths.popleft()
         worker.deaths.append(now)
-        if event.counts and not was_idle:
-            self._deaths.append(now)
-        self._failed_starts += failed_start
         worker.restart_at = now + self._backoff_s(len(worker.deaths))
+        if counts and self.blame.outage_since is None:
+            self._strength.died(now, starting=starting)
 
-        too_many_starts = self._failed_starts > self.limits.max_failed_starts
-        hopeless = too_many_starts or len(self._deaths) > self.limits.max_restarts
-        restart_in_s = None if hopeless else worker.restart_at - now
-        self._actions.append(Mourn(event.worker, event.incarnation, tickets, restart_in_s))
-        if hopeless:
-            self._actions.append(
-                GiveUp(self._failed_starts if too_many_starts else len(self._deaths), failed_starts=too_many_starts)
-            )
+    def _next_rung(self, worker: _Worker, now: float) -> Action | None:
+        """What to change when deaths are too many; None if they are not."""
+        rung = self._strength.step_down(now)
+        if rung is not None:
+            for each in self._workers:
+                each.deaths.clear()
+        elif len(worker.deaths) >= DEATHS_IN_A_ROW and self.blame.outage_since is None:
+            rung = self._strength.one_less(Why.STARTS, now)
+        return rung
+
+    def _carry_out(self, verdict: Verdict, ticket: int, now: float) -> None:
+        """What follows from a failure beyond making the ticket again."""
+        if verdict.outage:
+            self._actions.append(Outage(verdict.outage))
+        if verdict.quarantined is not None:
+            blame = self.blame
+            self._actions.append(Quarantine(verdict.quarantined, ticket, len(blame.quarantined), blame.limit))
+        elif verdict.fate is Fate.DRAW_ANEW:
+            self._actions.append(Redraw(ticket, self.blame.attempt(ticket), verdict.case))
+        elif verdict.fate is Fate.END:
+            assert verdict.why is not None
+            lasted_s = 0.0 if self.blame.outage_since is None else now - self.blame.outage_since
+            self._actions.append(GiveUp(verdict.why, case=verdict.case, seconds=lasted_s))
             self._on_close(PoolState.FAILED)
 
-    def _on_taken(self, ticket: int) -> None:
-        for slot in self._slots.values():
-            if slot.state is SlotState.READY and slot.ticket == ticket:
-                slot.state, slot.ticket = SlotState.LEASED, None
+    def _on_seen(self, event: Seen, now: float) -> None:
+        worker = self._current(event.worker, event.incarnation)
+        if worker is None or not worker.watched:
+            return
+        asleep_s = sum(max(0.0, woke - max(fell, event.since)) for fell, woke in self._sleeps)
+        worker.since = max(worker.since, event.since + asleep_s)
+        if now >= self._deadline(worker):
+            worker.condemned_at = now
+            allowed_s = self._patience.allowed_s(first=worker.fresh)
+            self._actions.append(Condemn(event.worker, event.incarnation, now - worker.since, allowed_s))
 
-    def _on_released(self, slot_id: int) -> None:
-        slot = self._slots.get(slot_id)
-        # READY: it was taken and let go so quickly that `Taken` is still to come.
-        if slot is not None and slot.state in (SlotState.READY, SlotState.LEASED):
-            slot.state, slot.ticket = SlotState.FREE, None
+    def _on_grown(self, index: int, incarnation: int) -> None:
+        worker = self._current(index, incarnation)
+        if worker is not None and worker.state is WorkerState.READY:
+            worker.draining = True
 
     def _on_close(self, final: PoolState) -> None:
         if self.state is not PoolState.RUNNING:
             return
         self.state = final
         self._lost.clear()
+        self._later.clear()
         for worker in self._workers:
-            if worker.state is not WorkerState.DOWN:
+            if worker.state is not WorkerState.DOWN and worker.condemned_at is None:
+                worker.condemned_at = self._last
                 self._actions.append(Stop(worker.index, worker.incarnation))
+
+    # ---- the watchdog ----
+
+    def _deadline(self, worker: _Worker) -> float:
+        return worker.since + self._patience.allowed_s(first=worker.fresh)
+
+    def _discount_sleep(self, now: float) -> None:
+        fell, self._last = self._last, now
+        slept_s = now - fell
+        if slept_s <= ASLEEP_S:
+            return
+        self._sleeps.append((fell, now))
+        for worker in self._workers:
+            if worker.watched:
+                worker.since += slept_s
+                worker.began += slept_s
+            if worker.condemned_at is not None:
+                worker.condemned_at += slept_s
+        self.blame.slept(slept_s)
+
+    def _watch(self, now: float) -> None:
+        for worker in self._workers:
+            if worker.condemned_at is not None:
+                if now >= worker.condemned_at + KILL_S:
+                    self._actions.append(Abandon(worker.index, worker.incarnation))
+            elif worker.watched and self.state is PoolState.RUNNING and now >= self._deadline(worker):
+                self._actions.append(Inspect(worker.index, worker.incarnation))
 
     # ---- what follows from the state, after every event ----
 
+    @property
+    def _running(self) -> int:
+        return sum(w.state is not WorkerState.DOWN for w in self._workers)
+
+    def _up_next(self) -> list[_Worker]:
+        """Who is started when its time comes: as many as are missing, the least troubled first."""
+        down = [w for w in self._workers if w.state is WorkerState.DOWN]
+        return sorted(down, key=lambda w: len(w.deaths))[: max(0, self.allowed - self._running)]
+
     def _start_workers(self, now: float) -> None:
-        for worker in self._workers:
-            if worker.state is WorkerState.DOWN and worker.restart_at <= now:
+        for worker in self._up_next():
+            if worker.restart_at <= now:
                 worker.incarnation += 1
                 worker.state = WorkerState.STARTING
-                self.restarts += worker.incarnation > 0
+                worker.fresh = True
+                worker.begins(now)
+                self.restarts += worker.incarnation > 0 and not worker.spent
                 self._actions.append(Start(worker.index, worker.incarnation))
 
-    def _assign_lost(self) -> None:
+    def _lose(self, ticket: int, again_at: float) -> None:
+        """The ticket must be made again; the second time it is named, only the time changes."""
+        if ticket not in self._later and ticket in self._lost:
+            self._lost.remove(ticket)
+            heapq.heapify(self._lost)
+        self._later[ticket] = again_at
+
+    def _assign_lost(self, now: float) -> None:
         """Lost tickets go to idle workers; behind another ticket only if no replacement is on its way."""
-        expecting = any(w.state is WorkerState.STARTING for w in self._workers)
+        for ticket in [ticket for ticket, at in self._later.items() if at <= now]:
+            del self._later[ticket]
+            heapq.heappush(self._lost, ticket)
+        expecting = any(w.state is WorkerState.STARTING and w.condemned_at is None for w in self._workers)
         while self._lost:
             worker = self._least_loaded()
             if worker is None or (worker.assigned and expecting):
                 return
             slot = self._free_slot(reserved=0)
             assert slot is not None, "a lost ticket has a slot kept for it"
-            self._give(worker, heapq.heappop(self._lost), slot)
+            self._give(worker, heapq.heappop(self._lost), slot, now)
 
-    def _assign_new(self) -> None:
+    def _assign_new(self, now: float) -> None:
         while (worker := self._least_loaded()) is not None:
-            slot = self._free_slot(reserved=len(self._lost))
+            slot = self._free_slot(reserved=len(self._lost) + len(self._later))
             if slot is None:
                 return
-            self._give(worker, self._next_ticket, slot)
+            self._give(worker, self._next_ticket, slot, now)
             self._next_ticket += 1
 
-    def _give(self, worker: _Worker, ticket: int, slot: int) -> None:
-        self._slots[slot] = _Slot(SlotState.FILLING, worker.index, ticket)
+    def _give(self, worker: _Worker, ticket: int, slot: int, now: float) -> None:
+        if not worker.assigned:
+            worker.begins(now)
+        self._slots.fill(slot, worker.index, ticket)
         worker.assigned.append((ticket, slot))
-        self._actions.append(Produce(worker.index, ticket, slot))
+        self._actions.append(Produce(worker.index, ticket, slot, self.blame.attempt(ticket)))
 
     def _least_loaded(self) -> _Worker | None:
-        ready = [w for w in self._workers if w.state is WorkerState.READY and len(w.assigned) < TICKETS_AHEAD]
+        ready = [
+            w
+            for w in self._workers
+            if w.state is WorkerState.READY
+            and len(w.assigned) < TICKETS_AHEAD
+            and w.condemned_at is None
+            and not w.draining
+        ]
         return min(ready, key=lambda w: len(w.assigned), default=None)
 
     def _free_slot(self, *, reserved: int) -> int | None:
         """A free slot, made if need be, if more than `reserved` are left."""
-        free = [slot_id for slot_id, slot in self._slots.items() if slot.state is SlotState.FREE]
-        if len(free) + self.limits.slots - len(self._slots) <= reserved:
+        if self._slots.obtainable <= reserved:
             return None
-        if free:
-            return free[-1]
-        slot_id, self._slots_made = self._slots_made, self._slots_made + 1
-        self._slots[slot_id] = _Slot()
-        self._actions.append(CreateSlot(slot_id))
-        return slot_id
+        obtained = self._slots.obtain()
+        assert obtained is not None, "there is one"
+        slot, made = obtained
+        if made:
+            self._actions.append(CreateSlot(slot))
+        return slot
+
+    def _retire(self, now: float) -> None:
+        for worker in self._workers:
+            idle = worker.state is WorkerState.READY and not worker.assigned and worker.condemned_at is None
+            if idle and worker.draining and not worker.retired:
+                worker.retired = True
+                worker.begins(now)
+                self._actions.append(Retire(worker.index, worker.incarnation))
 
     def _trim(self) -> None:
         """Once the pool has ended, let every slot go that nobody holds."""
         if self.state is PoolState.RUNNING:
             return
-        for slot_id, slot in list(self._slots.items()):
+        for slot_id, slot in self._slots:
             if slot.state in (SlotState.FREE, SlotState.READY):
                 self._discard(slot_id)
 
-    def _discard(self, slot_id: int) -> None:
-        del self._slots[slot_id]
-        self._actions.append(DiscardSlot(slot_id))
+    def _discard(self, slot: int) -> None:
+        self._slots.discard(slot)
+        self._actions.append(DiscardSlot(slot))
 
     def _backoff_s(self, deaths: int) -> float:
         if deaths < 2:
@@ -355,7 +566,7 @@ class Machine:
 
     def validate(self) -> None:
         """Check every cross-invariant; the tests do after each event."""
-        filling = {slot_id for slot_id, slot in self._slots.items() if slot.state is SlotState.FILLING}
+        filling = {slot_id for slot_id, slot in self._slots if slot.state is SlotState.FILLING}
         assigned = [pair for worker in self._workers for pair in worker.assigned]
         assert filling == {slot for _, slot in assigned} and len(filling) == len(assigned), "one owner per slot"
         for worker in self._workers:
@@ -364,13 +575,12 @@ class Machine:
             for ticket, slot_id in worker.assigned:
                 slot = self._slots[slot_id]
                 assert (slot.worker, slot.ticket) == (worker.index, ticket)
-        ready = [slot.ticket for slot in self._slots.values() if slot.state is SlotState.READY]
-        alive = [ticket for ticket, _ in assigned] + [t for t in ready if t is not None] + self._lost
+        ready = [slot.ticket for _, slot in self._slots if slot.state is SlotState.READY]
+        lost = [*self._lost, *self._later]
+        alive = [ticket for ticket, _ in assigned] + [t for t in ready if t is not None] + lost
         assert len(alive) == len(set(alive)), "a ticket is in one place"
         assert all(ticket < self._next_ticket for ticket in alive)
-        free = sum(slot.state is SlotState.FREE for slot in self._slots.values())
         assert len(self._slots) <= self.limits.slots, "memory is bounded"
         if self.state is PoolState.RUNNING:
-            assert len(self._lost) <= free + self.limits.slots - len(self._slots), (
-                "a lost ticket has a slot kept for it"
-            )
+            assert len(lost) <= self._slots.obtainable, "a lost ticket has a slot kept for it"
+            assert 1 <= self.allowed <= self.limits.workers

@@ -10,25 +10,30 @@ its workers die with it and the trainer starts another.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import select
 import signal
 import socket
 import sys
-from typing import NoReturn
+import time
+from typing import Final, NoReturn
 
 import torch
 from threadpoolctl import threadpool_limits
 
 from safeloader import killpoints
 from safeloader.faults.exits import ExitCode
-from safeloader.pool import process, wire, worker
+from safeloader.pool import process, relay, wire, worker
 from safeloader.pool.failure import describe, format_remote
 from safeloader.pool.seeding import seed_everything
 from safeloader.pool.work import Work, unpack
 from safeloader.ring.memfile import MemoryFile
 from safeloader.ring.status_page import StatusPage
+
+_STACKS_S: Final = 0.05
+"""How long a condemned worker may take to write its stacks; then it is killed."""
 
 
 def main(argv: list[str]) -> NoReturn:
@@ -53,6 +58,7 @@ def serve(channel: wire.Channel, works: dict[int, Work], *, generation: int, by_
     """
     process.set_title("sl-nursery")
     process.raise_oom_score()
+    process.leave_stacks(2)
     killpoints.enter("nursery", first_life=generation == 0)
     killpoints.reach("nursery.step.started")
     torch.set_num_threads(1)
@@ -70,6 +76,7 @@ class _Nursery:
         self._works = works
         self._by_value = by_value
         self._orders: dict[int, wire.Fork] = {}  # by pid
+        self._condemned: dict[int, float] = {}  # by pid: when they are killed, if they have not ended by then
         self._pid = os.getpid()
         self._child_ended, self._wake = socket.socketpair()
         for end in (self._child_ended, self._wake):
@@ -83,7 +90,7 @@ class _Nursery:
         poll.register(self._child_ended, select.POLLIN)
         self._channel.send(wire.NurseryReady(os.getpid()))
         while True:
-            for fd, _ in poll.poll():
+            for fd, _ in poll.poll(self._timeout_ms()):
                 if fd == self._channel.fileno():
                     received = self._channel.receive()
                     assert received is not None, "a waiting receive returns a message or raises"
@@ -91,6 +98,7 @@ class _Nursery:
                 else:
                     self._child_ended.recv(4096)
             self._reap()
+            self._kill_condemned()
 
     def _obey(self, message: wire.Message, fds: list[int]) -> None:
         match message:
@@ -99,11 +107,11 @@ class _Nursery:
             case wire.Unload(pool):
                 self._works.pop(pool, None)
             case wire.Fork():
-                self._fork(message, wire.Channel.from_fd(fds[0]), MemoryFile(fds[1]))
-            case wire.Kill(pool, index, incarnation):
+                self._fork(message, wire.Channel.from_fd(fds[0]), MemoryFile(fds[1]), stderr_fd=fds[2])
+            case wire.Kill(pool, index, incarnation, stacks):
                 for pid, order in self._orders.items():
                     if (order.pool, order.worker, order.incarnation) == (pool, index, incarnation):
-                        os.kill(pid, signal.SIGKILL)
+                        self._kill(pid, stacks=stacks)
             case _:
                 raise AssertionError(f"not for a nursery: {message}")
 
@@ -119,7 +127,26 @@ class _Nursery:
             file.close()
         self._channel.send(wire.Loaded(pool))
 
-    def _fork(self, order: wire.Fork, channel: wire.Channel, page_file: MemoryFile) -> None:
+    def _kill(self, pid: int, *, stacks: bool) -> None:
+        if not stacks:
+            os.kill(pid, signal.SIGKILL)
+            return
+        os.kill(pid, process.STACKS_SIGNAL)
+        os.kill(pid, signal.SIGCONT)  # one that is stopped takes the other signal only then
+        self._condemned[pid] = time.monotonic() + _STACKS_S
+
+    def _kill_condemned(self) -> None:
+        now = time.monotonic()
+        for pid in [pid for pid, at in self._condemned.items() if at <= now]:
+            del self._condemned[pid]
+            os.kill(pid, signal.SIGKILL)
+
+    def _timeout_ms(self) -> float | None:
+        if not self._condemned:
+            return None
+        return max(0.0, min(self._condemned.values()) - time.monotonic()) * 1000
+
+    def _fork(self, order: wire.Fork, channel: wire.Channel, page_file: MemoryFile, *, stderr_fd: int) -> None:
         # Objects that are here now will live as long as the worker: a collection that visits them would only copy
         # their pages.
         gc.collect()
@@ -130,6 +157,7 @@ class _Nursery:
             self._channel.send(wire.ForkFailed(order.pool, order.worker, order.incarnation, str(error)))
         else:
             if pid == 0:
+                relay.adopt(stderr_fd)
                 self._become_worker(order, channel, page_file)
             killpoints.reach("nursery.step.forked")
             self._orders[pid] = order
@@ -137,6 +165,7 @@ class _Nursery:
         finally:
             channel.close()
             page_file.close()
+            os.close(stderr_fd)
 
     def _become_worker(self, order: wire.Fork, channel: wire.Channel, page_file: MemoryFile) -> NoReturn:
         """In the child: let go of what is the nursery's, and never come back."""
@@ -151,7 +180,8 @@ class _Nursery:
         except BaseException:  # noqa: BLE001 - nothing may unwind into the nursery's frames
             sys.excepthook(*sys.exc_info())
         finally:
-            sys.stderr.flush()
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                sys.stderr.flush()
             os._exit(status)
 
     def _reap(self) -> None:
@@ -161,4 +191,5 @@ class _Nursery:
             if ended:
                 killpoints.reach("nursery.step.reaped")
                 order = self._orders.pop(pid)
+                self._condemned.pop(pid, None)
                 self._channel.send(wire.Reaped(order.pool, order.worker, order.incarnation, pid, status))

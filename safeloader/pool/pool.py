@@ -1,77 +1,76 @@
 """One pool as the supervisor's thread sees it: carries out what its machine decides.
 
-The machine knows numbers; here they have processes, sockets and memory behind them. Everything but `snapshot` runs
-in the supervisor's thread. Nothing is raised to the training loop from here: errors go to the consumer.
+The machine knows numbers; here they have processes, sockets and memory behind them. Everything but `workers`, `slots`
+and `waiting_for` runs in the supervisor's thread. Nothing is raised to the training loop from here: errors go to the
+consumer.
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
+import dataclasses
+import functools
+import math
 import os
 import threading
 import time
-from collections import Counter, deque
-from dataclasses import dataclass, field
-from typing import Final, Protocol
-
-import psutil
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol
 
 from safeloader import killpoints
 from safeloader.config import Options
 from safeloader.errors import ClosedError
+from safeloader.faults import memory
 from safeloader.faults.exits import ProcessExit
 from safeloader.faults.incident import Incident
 from safeloader.pool import events, machine, records, wire
+from safeloader.pool.book import Book
 from safeloader.pool.consumer import Consumer
+from safeloader.pool.events import Cause, Why
+from safeloader.pool.failure import FailureRecord
 from safeloader.pool.launch import ForkRequest
+from safeloader.pool.life import Life, absent
+from safeloader.pool.memory_watch import MemoryWatch, OomWatch, Ring, fit, growth_nbytes
+from safeloader.pool.relay import Relay
 from safeloader.pool.work import Work
+from safeloader.report.errand import Errand
 from safeloader.report.stats import WorkerInfo
+from safeloader.ring import codec
 from safeloader.ring.memfile import MemoryFile
-from safeloader.ring.status_page import Stage, Status, StatusPage
+from safeloader.ring.status_page import StatusPage
 
-logger = logging.getLogger("safeloader")
-
-MAX_INCIDENTS: Final = 1000
-"""Incidents kept in full per pool; beyond, the oldest are only counted."""
+_AVOID_AT_ONCE: Final = 100
+"""Cases in one `Avoid`: a message must stay small."""
+_MEASUREMENTS: Final = 3
+"""How often a worker is measured in vain before all start."""
+_FIGURES_FOR_S: Final = 1.0
+"""Figures of memory and descriptors in an incident are at most so old."""
 
 
 class Host(Protocol):
     """What a pool needs of the supervisor."""
 
-    def request_worker(self, pool: Pool, request: ForkRequest) -> None:
+    def request_worker(self, life: Life, request: ForkRequest) -> None:
         """Have a nursery fork this worker."""
 
-    def cancel_worker(self, pool: Pool, worker: int) -> bool:
+    def cancel_worker(self, life: Life) -> bool:
         """Take a request back; False if it has gone to the nursery already."""
 
-    def kill_worker(self, pool: Pool, worker: int, incarnation: int) -> None:
-        """Have the worker's parent kill it."""
+    def kill_worker(self, life: Life, *, stacks: bool = False) -> None:
+        """Have the worker's parent kill it; with `stacks`, after it has written them onto its page."""
+
+    def suspect_nursery(self, life: Life) -> None:
+        """The worker was killed and does not end: see whether that is its nursery's fault."""
 
     def watch(self, life: Life) -> None:
-        """Call `life.pool.on_readable(life)` when the worker has said something."""
+        """Call `life.pool.on_readable(life)` when the worker has said something, and serve its relay."""
 
     def unwatch(self, life: Life) -> None:
         """The reverse."""
 
-
-@dataclass
-class Life:
-    """One incarnation of a worker, from the request to fork it to its end."""
-
-    pool: Pool
-    worker: int
-    incarnation: int
-    channel: wire.Channel
-    page: StatusPage
-    pid: int | None = None
-    known_slots: set[int] = field(default_factory=set)
-    exit: ProcessExit = field(default_factory=ProcessExit)
-    cause: str | None = None
-    silent: bool = False
-    """Its end of the socket is closed: it has ended, or is about to."""
-    watched: bool = False
-    buried: bool = False
+    def post(self, call: Callable[[], None]) -> None:
+        """From any thread: have the supervisor's thread make this call."""
 
 
 class Pool:
@@ -81,7 +80,9 @@ class Pool:
         lock: held while anything below changes.
         finished: set when the pool has ended and nothing of it is left but leased memory.
         use_fork: whether its workers come from a nursery forked from the trainer.
+        stuck_nurseries: how many did not answer in time, because of its loader or their imports.
         packed: the pickled loader's file and size, for the clean nursery.
+        book: its incidents.
     """
 
     def __init__(
@@ -94,6 +95,9 @@ class Pool:
         work: Work,
         packed: tuple[MemoryFile, int] | None,
         consumer: Consumer,
+        memory_watch: MemoryWatch,
+        oom_watch: OomWatch,
+        quarantined: Iterable[str] = (),
     ) -> None:
         self.number = number
         self.options = options
@@ -101,13 +105,23 @@ class Pool:
         self.work = work
         self.packed = packed
         self.use_fork = packed is None
+        self.stuck_nurseries = 0
         self.consumer = consumer
         self.lock = threading.RLock()
         self.finished = threading.Event()
-        self.incidents: deque[Incident] = deque(maxlen=MAX_INCIDENTS)
-        self.incident_kinds: Counter[str] = Counter()
         self.lives: dict[int, Life] = {}
-        self.machine = machine.Machine(limits, first_ticket=consumer.next_ticket)
+        self.book = Book(options.name, options.folder)
+        self.machine = machine.Machine(
+            limits, first_ticket=consumer.next_ticket, quarantined=dict.fromkeys([*quarantined, *self.book.quarantined])
+        )
+        self._memory = memory_watch
+        self._oom = oom_watch
+        self._to_measure = 0 if limits.begin_with is None else _MEASUREMENTS
+        self._measuring = False
+        self._makers: dict[int, int] = {}  # pids by ticket, while there is something to measure
+        self._figures: tuple[float, dict[str, Any]] = (-math.inf, {})
+        self._has_worked = False
+        self._failed_starts = 0  # with an exception
         self._host: Host | None = None
         self._slots: dict[int, MemoryFile] = {}
         self._cwd: str | None = None
@@ -138,8 +152,20 @@ class Pool:
                         self.consumer.fail(records.out_of_resources(self.name, error))
                         queue.append(events.Close(failed=True))
                         break
+            for life in list(self.lives.values()):
+                if self.machine.worker_state(life.worker) is machine.WorkerState.DOWN:
+                    self._bury(life)
             if self.machine.state is machine.PoolState.CLOSED:
                 self.consumer.drop()  # after a failure, what is ready is still delivered
+
+    def tick(self) -> None:
+        """Time has passed."""
+        self._oom.sample()
+        grown = self._memory.grown(self.lives.values())
+        if grown is None:
+            self.step(events.Tick())
+        else:
+            self.step(events.Grown(grown.worker, grown.incarnation), events.Tick())
 
     def on_forked(self, message: wire.Forked) -> None:
         """The nursery has made a worker."""
@@ -151,6 +177,8 @@ class Pool:
     def on_readable(self, life: Life) -> None:
         """A worker has said something, or has closed its socket."""
         with self.lock:
+            if life.buried:  # by what the same turn has heard before
+                return
             said = self._drain(life)
             if life.silent:
                 self._the_host.unwatch(life)
@@ -164,23 +192,36 @@ class Pool:
         *,
         proven: bool,
         counts: bool = True,
-        cause: str | None = None,
+        cause: Cause | None = None,
+        words: str | None = None,
     ) -> None:
-        """A worker has ended. What it said before is taken in first. `proven`, `counts`: see `events.Exited`."""
+        """A worker has ended. What it said before is taken in first.
+
+        `proven`, `counts`: see `events.Exited`. `cause` and `words` say what is known where the kernel says nothing.
+        """
         with self.lock:
             life = self._life(worker, incarnation)
             if life is None:
                 return
             said = self._drain(life)
-            life.exit, life.cause = how, cause
-            self.step(*said, events.Exited(worker, incarnation, proven, counts))
-            self._bury(life)
-            self.step(events.Tick())
+            life.exit, life.words = how, words or life.words
+            self.step(*said, self._exited(life, proven=proven, counts=counts, cause=cause))
 
-    def on_nursery_death(self, pid: int, how: ProcessExit, what: str) -> None:
+    def _exited(self, life: Life, *, proven: bool, counts: bool = True, cause: Cause | None = None) -> events.Exited:
+        status = life.page.read()
+        ours = life.condemned is not None or self.machine.state is not machine.PoolState.RUNNING
+        if life.exit.signal == "SIGKILL" and not ours:
+            life.oom, life.oom_known = self._oom.claim()
+        if cause is None:
+            cause = life.cause()
+        return events.Exited(
+            life.worker, life.incarnation, cause, proven, counts, ticket=status.ticket, case=status.culprit
+        )
+
+    def on_nursery_death(self, pid: int, how: ProcessExit, what: str, stderr_tail: str | None) -> None:
         """The process that forks the workers has died; the workers' own exits follow."""
         with self.lock:
-            self._record(records.nursery_death(self.name, pid=pid, how=how, what=what))
+            self._note(records.nursery_death(self.name, pid=pid, how=how, what=what, stderr_tail=stderr_tail))
 
     def on_start_failed(self, reason: str, traceback: str) -> None:
         """No worker can start with this loader: trying again would not help."""
@@ -207,6 +248,7 @@ class Pool:
             self._slots.clear()
             if self.packed is not None:
                 self.packed[0].close()
+        self.book.close()  # without the lock: it may wait for a moment
         self.finished.set()
 
     # ---- any thread ----
@@ -217,25 +259,20 @@ class Pool:
             return tuple(self._worker_info(worker) for worker in range(self.machine.limits.workers))
 
     def _worker_info(self, worker: int) -> WorkerInfo:
-        life = self.lives.get(worker)
-        status = Status(Stage.STARTING, None, None, time.monotonic(), 0) if life is None else life.page.read()
-        pid = None if life is None else life.pid
-        memory_nbytes = None
-        if pid is not None:
-            with contextlib.suppress(psutil.Error):
-                memory_nbytes = psutil.Process(pid).memory_info().rss
-        return WorkerInfo(
-            worker=worker,
-            pid=pid,
-            incarnation=max(0, self.machine.incarnation(worker)),
-            state=self.machine.worker_state(worker).value,
-            stage=status.stage.word,
-            ticket=status.ticket,
-            case=status.case,
-            since_s=max(0.0, time.monotonic() - status.since),
-            batches=status.batches,
-            memory_nbytes=memory_nbytes,
-        )
+        life, state = self.lives.get(worker), self.machine.worker_state(worker).value
+        return absent(worker, self.machine.incarnation(worker), state) if life is None else life.info(state)
+
+    def waiting_for(self, ticket: int) -> str:
+        """Who has this ticket, and what it is doing with it, as a sentence."""
+        with self.lock:
+            holder = self.machine.holder(ticket)
+            life = None if holder is None else self.lives.get(holder)
+            if life is None:
+                return f"no worker has ticket {ticket} yet"
+            status = life.page.read()
+            doing = records.doing(status)
+            ahead = "" if status.ticket == ticket else f", and ticket {ticket} comes next"
+            return f"worker {life.title} (pid {life.pid}) is {doing}{ahead}"
 
     def slots(self) -> dict[str, int]:
         """How many slots are free, filling, ready and leased."""
@@ -264,29 +301,53 @@ class Pool:
         """Do one thing; returns events that follow at once."""
         match action:
             case events.Start(worker, incarnation):
-                return self._start(worker, incarnation)
-            case events.Stop(worker, incarnation):
-                return self._stop(worker, incarnation)
-            case events.Produce(worker, ticket, slot):
-                self._produce(self.lives[worker], ticket, slot)
+                self._start(worker, incarnation)
+            case events.Stop() | events.Inspect() | events.Condemn() | events.Abandon() | events.Retire():
+                return self._deal_with(action)
+            case events.Produce(worker, ticket, slot, attempt):
+                self._produce(self.lives[worker], ticket, slot, attempt)
             case events.CreateSlot(slot):
                 self._slots[slot] = MemoryFile.create(f"safeloader-slot-{slot}")
             case events.DiscardSlot(slot) if slot in self._slots:
                 self._slots.pop(slot).close()
             case events.Deliver(ticket, slot, failed):
                 self.consumer.put(ticket, slot, self._slots[slot].map(), failed=failed)
-            case events.Mourn():
-                self._mourn(action)
-            case events.GiveUp():
-                self.consumer.fail(records.given_up(self.name, self.machine.limits, action, list(self.incidents)))
+                if not failed:
+                    self._on_batch(ticket)
+            case _:
+                self._record(action)
         return []
 
-    def _start(self, worker: int, incarnation: int) -> list[events.Event]:
+    def _deal_with(
+        self, action: events.Stop | events.Inspect | events.Condemn | events.Abandon | events.Retire
+    ) -> list[events.Event]:
+        match action:
+            case events.Stop(worker, incarnation):
+                return self._stop(worker, incarnation)
+            case events.Inspect(worker, incarnation):
+                return self._inspect(worker, incarnation)
+            case events.Condemn(worker):
+                self.lives[worker].condemn(action)
+                self._the_host.kill_worker(self.lives[worker], stacks=True)
+            case events.Abandon(worker):
+                return self._abandon(self.lives[worker])
+            case events.Retire(worker):
+                self._retire(self.lives[worker])
+        return []
+
+    def _start(self, worker: int, incarnation: int) -> None:
         previous = self.lives.pop(worker, None)
         if previous is not None:
             self._bury(previous)
-        ours, theirs = wire.Channel.pair()
-        life = Life(self, worker, incarnation, ours, StatusPage.create())
+        page = StatusPage.create()
+        try:
+            ours, theirs = wire.Channel.pair()
+            relay, stderr_fd = Relay.create()
+        except OSError:
+            page.close()
+            raise
+        nursery = self.number if self.use_fork else None
+        life = Life(self, worker, incarnation, ours, page, relay, nursery)
         self.lives[worker] = life
         order = wire.Fork(
             pool=self.number,
@@ -298,23 +359,82 @@ class Pool:
             stream=self.options.stream,
         )
         self._the_host.watch(life)
-        self._the_host.request_worker(self, ForkRequest(order, theirs, life.page.fd))
-        return []
+        self._the_host.request_worker(life, ForkRequest(order, theirs, life.page.fd, stderr_fd))
 
     def _stop(self, worker: int, incarnation: int) -> list[events.Event]:
         life = self._life(worker, incarnation)
-        if life is None or self._the_host.cancel_worker(self, worker):
-            if life is not None:
-                self._bury(life)
+        if life is None or self._the_host.cancel_worker(life):
             return [events.Exited(worker, incarnation)]
-        self._the_host.kill_worker(self, worker, incarnation)
+        self._the_host.kill_worker(life)
         return []
 
-    def _produce(self, life: Life, ticket: int, slot: int) -> None:
+    def _inspect(self, worker: int, incarnation: int) -> list[events.Event]:
+        life = self._life(worker, incarnation)
+        if life is None:
+            return []
+        # One that was not forked yet is its nursery's business.
+        since = time.monotonic() if life.pid is None else life.page.read().since
+        return [events.Seen(worker, incarnation, since)]
+
+    def _abandon(self, life: Life) -> list[events.Event]:
+        self._the_host.suspect_nursery(life)
+        life.words = "was killed and does not end"
+        return [self._exited(life, proven=False, cause=Cause.NURSERY)]
+
+    def _retire(self, life: Life) -> None:
+        grown, limit = growth_nbytes(life), self._memory.growth_nbytes
+        self._note(records.recycled(self.name, life.worker, life.pid, grown_nbytes=grown, limit_nbytes=limit))
+        with contextlib.suppress(wire.ChannelClosedError):
+            life.channel.send(wire.Retire())
+
+    def _on_batch(self, ticket: int) -> None:
+        """A batch was made: the first one tells how much memory a worker takes."""
+        self.book.settle()
+        self._has_worked = True
+        maker = self._makers.pop(ticket, None)
+        if maker is None or self._measuring or self._to_measure == 0:
+            return
+        self._measuring = True
+        self._to_measure -= 1
+        largest_nbytes = max(slot.nbytes for slot in self._slots.values())
+        now_nbytes = sum(os.fstat(slot.fd).st_blocks * 512 for slot in self._slots.values())
+        ring, wanted = Ring(now_nbytes, largest_nbytes * self.machine.limits.slots), self.machine.limits.workers
+        host = self._the_host
+
+        def measure() -> None:
+            host.post(functools.partial(self._on_measured, fit(maker, ring, wanted)))
+
+        if not Errand("safeloader-measure", measure).go():  # no thread to be had
+            host.post(functools.partial(self._on_measured, None))
+
+    def _on_measured(self, fitting: tuple[int, str] | None) -> None:
+        """So many workers fit, and why."""
+        with self.lock:
+            self._measuring = False
+            if self.machine.state is not machine.PoolState.RUNNING:
+                return
+            wanted = self.machine.limits.workers
+            if fitting is None:
+                if self._to_measure:  # the next batch's maker may still be there
+                    return
+                fitting = (wanted, "")
+            self._to_measure = 0
+            workers, reason = fitting
+            if workers < wanted:
+                self._note(records.resized(self.name, events.Resize(workers, wanted, Why.MEMORY), reason))
+            self.step(events.Budget(workers))
+
+    def _produce(self, life: Life, ticket: int, slot: int, attempt: int) -> None:
         fds = [] if slot in life.known_slots else [self._slots[slot].fd]
         life.known_slots.add(slot)
         with contextlib.suppress(wire.ChannelClosedError):  # its exit is on the way, and brings the ticket back
-            life.channel.send(wire.Produce(ticket, slot), fds)
+            life.channel.send(wire.Produce(ticket, slot, attempt), fds)
+
+    def _avoid(self, life: Life, cases: Iterable[str]) -> None:
+        names = list(cases)
+        with contextlib.suppress(wire.ChannelClosedError):
+            for at in range(0, len(names), _AVOID_AT_ONCE):
+                life.channel.send(wire.Avoid(tuple(names[at : at + _AVOID_AT_ONCE])))
 
     def _drain(self, life: Life) -> list[events.Event]:
         """Everything that the worker has said since."""
@@ -328,15 +448,32 @@ class Pool:
             if received is None:
                 break
             match received[0]:
-                case wire.Ready():
-                    said.append(events.Ready(life.worker, life.incarnation))
-                case wire.Done(ticket, slot):
-                    said.append(events.Finished(life.worker, life.incarnation, ticket, slot))
+                case wire.Ready(cases):
+                    self._avoid(life, self.machine.blame.quarantined)
+                    said.append(events.Ready(life.worker, life.incarnation, cases))
+                case wire.Done(ticket, slot, cases):
+                    if self._to_measure and life.pid is not None:
+                        self._makers[ticket] = life.pid
+                    said.append(events.Finished(life.worker, life.incarnation, ticket, slot, cases))
                 case wire.Failed(ticket, slot):
-                    said.append(events.Finished(life.worker, life.incarnation, ticket, slot, failed=True))
+                    said.append(self._failed(life, ticket, slot))
                 case wire.StartFailed(reason, traceback):
-                    self.on_start_failed(reason, traceback)
+                    self._on_start_failed(life, reason, traceback)
         return said
+
+    def _on_start_failed(self, life: Life, reason: str, traceback: str) -> None:
+        """The loader raised at the start; the second time before any batch, it always will."""
+        life.words = f"could not start: {reason}"
+        self._failed_starts += 1
+        if self._failed_starts > 1 and not self._has_worked:
+            self.on_start_failed(reason, traceback)
+
+    def _failed(self, life: Life, ticket: int, slot: int) -> events.Finished:
+        """The ticket's slot holds a record: what it says decides what is done."""
+        record = codec.decode(codec.private_copy(memoryview(self._slots[slot].map())), ticket)
+        assert isinstance(record, FailureRecord)
+        life.failures[ticket] = record
+        return events.Finished(life.worker, life.incarnation, ticket, slot, failure=record.failure)
 
     def _bury(self, life: Life) -> None:
         """Close what this side holds of a worker that is gone."""
@@ -346,20 +483,55 @@ class Pool:
         if self.lives.get(life.worker) is life:
             del self.lives[life.worker]
         self._the_host.unwatch(life)
-        life.channel.close()
-        life.page.close()
+        life.relay.drain()
+        life.close()
 
     # ---- records ----
 
+    def _record(self, action: events.Action) -> None:
+        """What a person is to know of."""
+        name, book = self.name, self.book
+        match action:
+            case events.Mourn():
+                self._mourn(action)
+            case events.Retry():
+                self._retry(action)
+            case events.Quarantine(case):
+                self._quarantine(case)
+                self._note(records.quarantined(name, action, book.last, book.file))
+            case events.Redraw():
+                self._note(records.redrawn(name, action))
+            case events.Outage():
+                self._note(records.outage(name, action))
+            case events.Resize(_, _, why) if not action.after_measuring:
+                self._note(records.resized(name, action), quietly=why is Why.QUIET)
+            case events.SwitchMethod():
+                self.use_fork = True
+                self._note(records.switched(name, to_fork=True))
+            case events.GiveUp():
+                self.consumer.fail(records.given_up(name, action, book.since_batch))
+
+    def _retry(self, retry: events.Retry) -> None:
+        record = self.lives[retry.worker].failures.pop(retry.ticket)
+        # In an outage one line is enough; and before anything has worked, the error itself is about to come.
+        quietly = self.machine.blame.outage_since is not None or not self._has_worked
+        self._note(records.retried(self.name, retry, record), quietly=quietly)
+
+    def _quarantine(self, case: str) -> None:
+        for life in self.lives.values():
+            if self.machine.worker_state(life.worker) is machine.WorkerState.READY:
+                self._avoid(life, [case])
+
     def _mourn(self, mourn: events.Mourn) -> None:
         life = self.lives[mourn.worker]
-        incident = records.worker_death(
-            self.name, mourn, pid=life.pid, how=life.exit, cause=life.cause, status=life.page.read()
-        )
+        incident = records.worker_death(self.name, mourn, life.end(memory.figures().to_dict()))
         # A nursery's death is logged as one line; its workers' need no line each.
-        self._record(incident, level=logging.INFO if life.cause else logging.WARNING)
+        self._note(incident, quietly=mourn.cause is Cause.NURSERY and not life.condemned)
 
-    def _record(self, incident: Incident, level: int = logging.WARNING) -> None:
-        self.incidents.append(incident)
-        self.incident_kinds[incident.kind] += 1
-        logger.log(level, "SafeLoader: %s", incident.message)
+    def _note(self, incident: Incident, *, quietly: bool = False) -> None:
+        """Put it into the book, with the figures of now."""
+        if incident.figures is None:
+            if time.monotonic() - self._figures[0] > _FIGURES_FOR_S:
+                self._figures = (time.monotonic(), memory.figures().to_dict())
+            incident = dataclasses.replace(incident, figures=self._figures[1])
+        self.book.add(incident, quietly=quietly)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import os
 import signal
 from pathlib import Path
@@ -16,6 +17,8 @@ _PR_SET_NAME: Final = 15
 _COMM_CHARS: Final = 15
 _OOM_SCORE_ADJ: Final = 500
 """Well above the trainer's usual 0: the kernel takes a worker, which can be replaced, before the trainer."""
+STACKS_SIGNAL: Final = signal.SIGRTMAX - 2
+"""Write the Python stacks and end. A real-time signal, since the user's code may use the others."""
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -38,6 +41,9 @@ def leave_interrupts_to_trainer() -> None:
     """Ignore Ctrl-C, which reaches the whole foreground process group; take all other signals as usual."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(
+        signal.SIGPIPE, signal.SIG_IGN
+    )  # Python's own choice, which a forked nursery's trainer may have undone
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
@@ -46,3 +52,15 @@ def raise_oom_score() -> None:
     adj = Path("/proc/self/oom_score_adj")
     with contextlib.suppress(OSError):
         adj.write_text(str(max(_OOM_SCORE_ADJ, int(adj.read_text()))))
+
+
+def leave_stacks(fd: int) -> None:
+    """Write the Python stacks of all threads into a file when the process crashes, or is told to by `STACKS_SIGNAL`.
+
+    Both are done by a signal handler in C that needs neither the interpreter nor its lock, so it works for native
+    code that hangs with the lock held. After `STACKS_SIGNAL` the process ends, since that is the signal's default.
+    """
+    faulthandler.unregister(STACKS_SIGNAL)  # the nursery's: else it would count as installed
+    signal.signal(STACKS_SIGNAL, signal.SIG_DFL)
+    faulthandler.enable(fd, all_threads=True)
+    faulthandler.register(STACKS_SIGNAL, fd, all_threads=True, chain=True)

@@ -1,4 +1,4 @@
-"""Random numbers for one ticket: they depend on (root seed, stream, ticket) and on nothing else.
+"""Random numbers for one ticket: they depend on (root seed, stream, ticket, attempt) and on nothing else.
 
 NumPy's `SeedSequence` spreads them: https://numpy.org/doc/stable/reference/random/bit_generators/generated/numpy.random.SeedSequence.html
 Streams and tickets are its spawn key, so no two of them share a state, whatever the root seed.
@@ -24,9 +24,13 @@ def root_seed(seeds: Sequence[int | None] | None) -> int:
     return int(words[0])
 
 
-def seed_everything(root: int, stream: int, ticket: int) -> None:
-    """Seed the global generators of `random`, `numpy.random` and torch (CPU) for one ticket."""
-    words = np.random.SeedSequence(root, spawn_key=(stream, ticket)).generate_state(8, np.uint32)
+def seed_everything(root: int, stream: int, ticket: int, attempt: int = 0) -> None:
+    """Seed the global generators of `random`, `numpy.random` and torch (CPU) for one ticket.
+
+    `attempt` counts the draws of this ticket that were given up, because they hold a case that is quarantined.
+    """
+    key = (stream, ticket, attempt) if attempt else (stream, ticket)
+    words = np.random.SeedSequence(root, spawn_key=key).generate_state(8, np.uint32)
     np.random.seed(words[:4])
     random.seed(int.from_bytes(words[4:6].tobytes(), "little"))
     # Not torch.manual_seed: it also queues a seeding of CUDA, which a worker never touches.

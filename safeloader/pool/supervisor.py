@@ -16,27 +16,34 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import os
 import selectors
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from safeloader.config import Options, StartMethod
 from safeloader.errors import ConfigError, InternalError
-from safeloader.pool import events, machine
+from safeloader.pool import machine, relay
+from safeloader.pool.blame import Policy
 from safeloader.pool.consumer import Consumer
 from safeloader.pool.mailbox import Mailbox
+from safeloader.pool.memory_watch import MemoryWatch, OomWatch
 from safeloader.pool.nurseries import Nurseries
+from safeloader.pool.patience import HangLimits
 from safeloader.pool.pool import Pool
 from safeloader.pool.work import Work, WorkNotPicklableError, WorkTooLargeError, pack
+from safeloader.report import log
 
 logger = logging.getLogger("safeloader")
 
 _AT_EXIT_S: Final = 5.0
 """How long a trainer that ends waits for its pools; whatever is left then, the kernel ends with the trainer."""
+_LAST_WORDS_S: Final = 1.0
+"""How long it waits until what its workers wrote to stderr is on the screen."""
 
 
 class Supervisor:
@@ -54,7 +61,8 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.mailbox.wakeup.fd, selectors.EVENT_READ, self.mailbox.wakeup.clear)
         self._pools: dict[int, Pool] = {}
-        self._nurseries = Nurseries(self._selector, self._pools)
+        self.oom_watch = OomWatch()
+        self._nurseries = Nurseries(self._selector, self._pools, self.oom_watch, self.mailbox)
         self._thread = threading.Thread(target=self._run, name="safeloader-supervisor", daemon=True)
 
     # ---- any thread ----
@@ -65,9 +73,10 @@ class Supervisor:
         """Use the process's supervisor, and keep it (and its nursery) alive meanwhile."""
         with cls._registry:
             if cls.current is None:
-                cls.current = cls()
                 _at_process_events()
-                cls.current._thread.start()
+                started = cls()
+                started._thread.start()  # it may fail, or Ctrl-C may come: then there is none
+                cls.current = started
             held = cls.current
             held._users += 1
         try:
@@ -103,6 +112,7 @@ class Supervisor:
         for pool in self._pools.values():
             for life in pool.lives.values():
                 life.channel.close()
+                life.relay.close()
         self._nurseries.close_channels()
         self._selector.close()
 
@@ -118,6 +128,7 @@ class Supervisor:
                 self._turn(self._timeout_s())
         except BaseException as error:  # noqa: BLE001 - whatever it was, next() must not wait for ever
             self._collapse(error)
+        relay.flush(_LAST_WORDS_S)
         self._selector.close()
 
     def _turn(self, timeout_s: float | None) -> None:
@@ -126,7 +137,7 @@ class Supervisor:
         for call in self.mailbox.drain():
             call()
         for pool in list(self._pools.values()):
-            pool.step(events.Tick())
+            pool.tick()
         self._nurseries.pump()
         for pool in list(self._pools.values()):
             if pool.machine.stopped and not pool.lives:
@@ -169,7 +180,14 @@ class Supervisor:
 
 
 def open_pool(
-    work: Work, options: Options, *, seed: int, workers: int, num_cached: int, first_ticket: int
+    work: Work,
+    options: Options,
+    *,
+    seed: int,
+    workers: int,
+    num_cached: int,
+    first_ticket: int,
+    quarantined: Iterable[str] = (),
 ) -> tuple[Supervisor, Pool]:
     """Start a pool.
 
@@ -180,6 +198,7 @@ def open_pool(
         workers: how many.
         num_cached: batches kept ready beyond those in work.
         first_ticket: where in the stream to begin.
+        quarantined: cases that are not drawn, beyond those that `options.folder` remembers.
 
     Raises:
         ConfigError: `start_method="clean"`, and the loader can't be pickled.
@@ -198,6 +217,7 @@ def open_pool(
             logger.info(
                 "pool %r: workers are forked from this process, because of the loader: %s", options.name, reason
             )
+    memory_watch = MemoryWatch(workers, options.recycle_growth_mib << 20)
     limits = machine.Limits(
         workers=workers,
         num_cached=num_cached,
@@ -205,10 +225,31 @@ def open_pool(
         window_s=options.restart_window_s,
         backoff_first_s=options.backoff_first_s,
         backoff_max_s=options.backoff_max_s,
+        begin_with=memory_watch.begin_with(),
+        grow_back_s=options.grow_back_s,
+        other_method=packed is not None and options.start_method is StartMethod.AUTO,
+        hang=HangLimits(
+            options.hang_timeout_s,
+            options.hang_timeout_first_s,
+            math.inf if options.hang_timeout_max_s is None else options.hang_timeout_max_s,
+        ),
+        policy=Policy(options.on_bad_case, outage_s=options.outage_timeout_s),
     )
     with Supervisor.hold() as supervisor:
-        consumer = Consumer(options.name, first_ticket, limits.max_leases)
-        pool = Pool(next(Supervisor._numbers), options, limits, seed=seed, work=work, packed=packed, consumer=consumer)
+        consumer = Consumer(options.name, first_ticket, limits.max_leases, slow_s=options.slow_warning_s)
+        pool = Pool(
+            next(Supervisor._numbers),
+            options,
+            limits,
+            seed=seed,
+            work=work,
+            packed=packed,
+            consumer=consumer,
+            memory_watch=memory_watch,
+            oom_watch=supervisor.oom_watch,
+            quarantined=quarantined,
+        )
+        consumer.describe = pool.waiting_for
         consumer.post = lambda event: supervisor.mailbox.post(lambda: pool.step(event))
         consumer.wake = supervisor.mailbox.wakeup.set
         supervisor.open(pool)
@@ -227,6 +268,7 @@ def _at_exit() -> None:
     if supervisor is not None and supervisor._pid == os.getpid():
         for pool in list(supervisor._pools.values()):
             supervisor.close(pool, _AT_EXIT_S)
+    log.flush(_LAST_WORDS_S)
 
 
 def _after_fork_in_child() -> None:

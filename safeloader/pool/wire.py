@@ -6,13 +6,15 @@ lie in slots); a packet is a pickled frozen dataclass of well under `MAX_PACKET_
 
     trainer ─ Load, Unload, Fork, Kill ────────────────────────────► nursery
     trainer ◄ NurseryReady, Loaded, LoadFailed, Forked, ForkFailed, Reaped ─ nursery
-    trainer ─ Produce ─────────────────────────────────────────────► worker
+    trainer ─ Produce, Avoid, Retire ──────────────────────────────► worker
     trainer ◄ Ready, Done, Failed, StartFailed ──────────────────────── worker
 """
 
 from __future__ import annotations
 
 import array
+import errno
+import os
 import pickle
 import socket
 from collections.abc import Sequence
@@ -26,7 +28,7 @@ MAX_PACKET_NBYTES: Final = 96 * 1024
 MAX_TEXT_CHARS: Final = 16 * 1024
 """Longest text in a packet (up to 4 bytes a character in UTF-8)."""
 _FDS_NBYTES: Final = socket.CMSG_SPACE(4 * array.array("i").itemsize)
-"""Room for the descriptors of one packet; none has more than two."""
+"""Room for the descriptors of one packet; none has more than three."""
 
 
 class Message:
@@ -50,7 +52,7 @@ class Unload(Message):
 
 @dataclass(frozen=True)
 class Fork(Message):
-    """Trainer → nursery: make a worker. Fds: the worker's end of its socket, its status page."""
+    """Trainer → nursery: make a worker. Fds: the worker's end of its socket, its status page, its stderr."""
 
     pool: int
     worker: int
@@ -63,11 +65,15 @@ class Fork(Message):
 
 @dataclass(frozen=True)
 class Kill(Message):
-    """Trainer → nursery: SIGKILL this worker. Only its parent can be sure that the pid is still its own."""
+    """Trainer → nursery: end this worker. Only its parent can be sure that the pid is still its own.
+
+    With `stacks` it gets the chance to write its Python stacks onto its status page first; then SIGKILL.
+    """
 
     pool: int
     worker: int
     incarnation: int
+    stacks: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,23 +132,45 @@ class Reaped(Message):
 
 @dataclass(frozen=True)
 class Produce(Message):
-    """Trainer → worker: make the batch of `ticket` in `slot`. Fds: the slot, if the worker hasn't got it yet."""
+    """Trainer → worker: make the batch of `ticket` in `slot`, passing over its first `attempt` draws.
+
+    Fds: the slot, if the worker hasn't got it yet.
+    """
 
     ticket: int
     slot: int
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Avoid(Message):
+    """Trainer → worker: pass over draws that hold one of these cases, too."""
+
+    cases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Retire(Message):
+    """Trainer → worker: leave."""
 
 
 @dataclass(frozen=True)
 class Ready(Message):
-    """Worker → trainer: started, give me tickets."""
+    """Worker → trainer: started, give me tickets. `cases`: how many the loader draws from, if that is known."""
+
+    cases: int | None
 
 
 @dataclass(frozen=True)
 class Done(Message):
-    """Worker → trainer: the slot holds the ticket's batch. The slot is the trainer's from here on."""
+    """Worker → trainer: the slot holds the ticket's batch. The slot is the trainer's from here on.
+
+    `cases` are those of the batch, where they are known.
+    """
 
     ticket: int
     slot: int
+    cases: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -173,6 +201,8 @@ ROUTES: Final[dict[type[Message], tuple[str, str]]] = {
     ForkFailed: ("nursery", "trainer"),
     Reaped: ("nursery", "trainer"),
     Produce: ("trainer", "worker"),
+    Avoid: ("trainer", "worker"),
+    Retire: ("trainer", "worker"),
     Ready: ("worker", "trainer"),
     Done: ("worker", "trainer"),
     Failed: ("worker", "trainer"),
@@ -230,11 +260,12 @@ class Channel:
 
         Raises:
             ChannelClosedError: the other end is gone and everything it sent has been received.
+            OSError: this process has no room for a descriptor that came with the message.
         """
         flags = socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
         try:
             # Not socket.recv_fds: it ignores its flags.
-            packet, ancillary, _, _ = self._sock.recvmsg(MAX_PACKET_NBYTES, _FDS_NBYTES, flags)
+            packet, ancillary, outcome, _ = self._sock.recvmsg(MAX_PACKET_NBYTES, _FDS_NBYTES, flags)
         except BlockingIOError:
             return None
         except ConnectionResetError as error:
@@ -247,6 +278,11 @@ class Channel:
                 fds.frombytes(content)
         message = pickle.loads(packet)
         assert isinstance(message, Message)
+        if outcome & socket.MSG_CTRUNC:  # the kernel leaves out descriptors that this process may not have
+            for fd in fds:
+                os.close(fd)
+            lost = f"a descriptor that came with {type(message).__name__} could not be received"
+            raise OSError(errno.EMFILE, f"{os.strerror(errno.EMFILE)}: {lost}; raise `ulimit -n`")
         killpoints.reach_message("received", type(message).__name__)
         return message, list(fds)
 

@@ -3,27 +3,34 @@
     receive Produce(ticket, slot) → seed → next(loader) → transform(**batch) → encode into slot → send Done
                                       └──────────── any exception ───────────► encode record  → send Failed
 
-It says on its status page what it is doing. It is forked from the nursery, is tied to its life, and never returns
-from `main`. It imports nothing and starts no thread of its own: whatever it needs, the nursery has imported.
+It says on its status page what it is doing, and leaves its stacks there if it crashes. It is forked from the nursery,
+is tied to its life, and never returns from `main`. It imports nothing and starts no thread of its own: whatever it
+needs, the nursery has imported.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import os
 import sys
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from safeloader import killpoints
 from safeloader.faults.exits import ExitCode
+from safeloader.faults.storage import place, read_failure
 from safeloader.pool import process, wire
+from safeloader.pool.cases import Cases, PassOver
 from safeloader.pool.failure import FailureRecord, describe, format_remote, pickle_exception
 from safeloader.pool.seeding import seed_everything
 from safeloader.pool.work import Work
 from safeloader.ring import codec
 from safeloader.ring.memfile import MemoryFile
 from safeloader.ring.status_page import Stage, StatusPage
+
+_MAX_DRAWS: Final = 1000
+"""Draws of one ticket that may all hold a quarantined case: at most 5 % of the cases are quarantined."""
 
 
 def main(
@@ -34,6 +41,7 @@ def main(
     process.leave_interrupts_to_trainer()
     process.set_title(order.title)
     process.raise_oom_score()
+    process.leave_stacks(page.stacks_file())
     killpoints.enter("worker", first_life=order.worker == 0 and order.incarnation == 0)
     killpoints.reach("worker.step.started")
     try:
@@ -54,23 +62,36 @@ class _Worker:
         self._slots: dict[int, MemoryFile] = {}
         self._batches = 0
         self._stage = Stage.STARTING
-        self._case: str | None = None
+        self._ticket: int | None = None
+        self._in_hand: tuple[str, ...] = ()
+        self._cases = Cases(self._touch)
 
     def run(self) -> NoReturn:
-        self._start()
-        self._channel.send(wire.Ready())
+        self._channel.send(wire.Ready(self._start()))
         while True:
-            self._enter(Stage.IDLE)
+            self._ticket = None
+            self._touch(Stage.IDLE)
             received = self._channel.receive()
             assert received is not None, "a waiting receive returns a message or raises"
-            order, fds = received
-            assert isinstance(order, wire.Produce), "workers are asked for nothing else"
-            if fds:
-                self._slots[order.slot] = MemoryFile(fds[0])
-            self._produce(order.ticket, order.slot)
+            message, fds = received
+            match message:
+                case wire.Produce(ticket, slot, attempt):
+                    if fds:
+                        self._slots[slot] = MemoryFile(fds[0])
+                    self._produce(ticket, slot, attempt)
+                case wire.Avoid(cases):
+                    self._cases.avoid(cases)
+                case wire.Retire():
+                    os._exit(ExitCode.RETIRED)
+                case _:
+                    raise AssertionError(f"not for a worker: {message}")
 
-    def _start(self) -> None:
-        """What the stock worker does first: its own folder and thread id, and a loader at its beginning."""
+    def _start(self) -> int | None:
+        """What the stock worker does first: its own folder and thread id, and a loader at its beginning.
+
+        Returns:
+            How many cases the loader draws from, or None if that is not known.
+        """
         gc.enable()
         if self._order.cwd is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -78,23 +99,26 @@ class _Worker:
         try:
             if hasattr(self._work.loader, "set_thread_id"):
                 self._work.loader.set_thread_id(self._order.worker)
+            return self._cases.attach(self._work.loader)
         except BaseException as error:  # noqa: BLE001 - the worker's outermost boundary: the trainer raises it
             kind, text = describe(error)
             self._channel.send(wire.StartFailed(f"{kind}: {text}", format_remote(error)))
             os._exit(ExitCode.START_FAILED)
 
-    def _enter(self, stage: Stage, ticket: int | None = None) -> None:
-        self._stage = stage
-        self._page.enter(stage, ticket, case=self._case, batches=self._batches)
+    def _touch(self, stage: Stage, cases: tuple[str, ...] = ()) -> None:
+        """Say on the status page what is done from now on."""
+        self._stage, self._in_hand = stage, cases
+        self._page.enter(stage, self._ticket, cases=cases, batches=self._batches)
 
-    def _produce(self, ticket: int, slot: int) -> None:
+    def _produce(self, ticket: int, slot: int, attempt: int) -> None:
         batch: Any = None
+        self._ticket = ticket
         try:
-            batch = self._make(ticket)
-            self._enter(Stage.ENCODING, ticket)
+            batch = self._make(attempt)
+            self._touch(Stage.ENCODING, self._cases.batch)
             codec.encode(batch, self._slots[slot], ticket, by_value=self._by_value)
             killpoints.reach("worker.step.encoded")
-            done: wire.Message = wire.Done(ticket, slot)
+            done: wire.Message = wire.Done(ticket, slot, self._cases.batch)
         except BaseException as error:  # noqa: BLE001 - the worker's outermost boundary: the trainer raises it
             record = self._record(error, batch)
             codec.encode(record, self._slots[slot], ticket, by_value=self._by_value)
@@ -105,45 +129,49 @@ class _Worker:
                 with contextlib.suppress(AttributeError, OSError, ValueError):  # a daemon may have closed them
                     stream.flush()
         self._batches += 1
-        self._case = None
         self._channel.send(done)
+        if isinstance(done, wire.Failed) and inspect.isgenerator(self._work.loader):
+            os._exit(ExitCode.SPENT)
 
-    def _make(self, ticket: int) -> Any:
-        self._enter(Stage.LOADING, ticket)
-        seed_everything(self._order.seed, self._order.stream, ticket)
-        killpoints.reach("worker.step.seeded")
-        batch = next(self._work.loader)
+    def _make(self, attempt: int) -> Any:
+        batch = self._load(attempt)
         killpoints.reach("worker.step.loaded")
-        self._case = _case_of(batch)
+        self._cases.made(batch)
         if self._work.transform is not None:
-            self._enter(Stage.TRANSFORMING, ticket)
+            self._touch(Stage.TRANSFORMING, self._cases.batch)
             batch = self._work.transform(**batch)
         killpoints.reach("worker.step.transformed")
         return batch
+
+    def _load(self, attempt: int) -> Any:
+        """The first draw from `attempt` on that holds no quarantined case."""
+        assert self._ticket is not None
+        for draw in range(attempt, attempt + _MAX_DRAWS):
+            self._cases.begin()
+            self._touch(Stage.LOADING)
+            seed_everything(self._order.seed, self._order.stream, self._ticket, draw)
+            killpoints.reach("worker.step.seeded")
+            with contextlib.suppress(PassOver):
+                return next(self._work.loader)
+        raise RuntimeError(f"each of {_MAX_DRAWS} draws holds a case that is quarantined")
 
     def _record(self, error: BaseException, batch: Any) -> FailureRecord:
         kind, text = describe(error)
         path = None
         if self._stage is Stage.ENCODING:
             path = codec.unpicklable_path(batch, by_value=self._by_value)
+        read = read_failure(error)
         return FailureRecord(
             kind=kind,
             text=text,
             traceback=format_remote(error),
             stage=self._stage,
-            case=self._case,
+            cases=self._in_hand,
+            place=place(error),
+            read=None if read is None else read.value,
             pid=os.getpid(),
             worker=self._order.worker,
             incarnation=self._order.incarnation,
             unpicklable_path=path,
             pickled=pickle_exception(error),
         )
-
-
-def _case_of(batch: Any) -> str | None:
-    """The identifiers of a batch's samples, where it carries them as nnU-Net's and batchgenerators' do."""
-    keys = batch.get("keys") if isinstance(batch, dict) else None
-    try:
-        return ", ".join(str(key) for key in keys) if keys is not None else None
-    except TypeError:
-        return None

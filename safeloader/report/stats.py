@@ -48,6 +48,7 @@ class Report:
         restarts: workers started again after a death.
         incidents: the failures, oldest first; the latest thousand in full.
         incident_counts: all of them, by kind.
+        quarantined: cases that are no longer drawn.
         wait_s: seconds that the consumer waited in `next()`.
         uptime_s: seconds since the first start.
         seed: the root seed: giving it as `seed=` gives the same stream.
@@ -63,6 +64,7 @@ class Report:
     restarts: int
     incidents: tuple[Incident, ...]
     incident_counts: dict[str, int]
+    quarantined: tuple[str, ...]
     wait_s: float
     uptime_s: float
     seed: int

@@ -35,10 +35,14 @@ class MemoryFile:
             OSError: out of descriptors or memory.
         """
         fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
         file = cls(fd)
-        if nbytes:
-            file.grow(nbytes)
+        try:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+            if nbytes:
+                file.grow(nbytes)
+        except OSError:
+            file.close()
+            raise
         return file
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from torch import distributed
 
 from safeloader import SafeAugmenter
 from safeloader.errors import ConfigError
@@ -260,3 +262,23 @@ def test_elsewhere_the_stock_augmenter_runs_and_says_so_once(
     assert first._processes == []
     second._start()
     second._finish(2, True)
+
+
+@pytest.mark.parametrize(("given", "expected_s"), [({}, 240.0), ({"hang_timeout_max_s": 30}, 30.0)])
+def test_in_distributed_training_the_watchdog_is_faster_than_nccl(given: dict[str, float], expected_s: float) -> None:
+    """NCCL gives up on a rank after 600 s, and takes all the others along."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with SafeAugmenter(RandomLoader(), None, 1, 1, **given) as augmenter:
+            next(augmenter)
+            assert augmenter._pool is not None
+            assert augmenter._pool.machine.limits.hang.most_s == expected_s
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_without_it_the_watchdog_has_no_upper_bound() -> None:
+    with SafeAugmenter(RandomLoader(), None, 1, 1) as augmenter:
+        next(augmenter)
+        assert augmenter._pool is not None
+        assert augmenter._pool.machine.limits.hang.most_s == math.inf

@@ -20,6 +20,7 @@ QUIET = Report(
     restarts=0,
     incidents=(),
     incident_counts={},
+    quarantined=(),
     wait_s=1.25,
     uptime_s=20.0,
     seed=7,
@@ -91,11 +92,26 @@ def test_news_is_one_line_and_only_when_something_happened(train: Loader, val: L
     val.happen(death("val", None, 3))
     assert record.news() == (
         "SafeLoader: 4 incidents (train: 2 × SIGKILL, 1 × SIGBUS; val: 1 × exit code 3), "
-        "unfinished batches made again. Details: safeloader_report.json"
+        "unfinished batches made again. Details: safeloader_incidents.jsonl"
     )
     assert record.news() is None
     train.happen(death("train"))
     assert "1 incident (train: 1 × SIGKILL)" in str(record.news())
+
+
+def test_quarantined_cases_are_in_every_line_and_in_the_summary(train: Loader, tmp_path: Path) -> None:
+    record = record_of(tmp_path, train=train)
+    train.now = replace(train.now, quarantined=("brain_3", "brain_5"))
+    for _ in range(2):
+        assert record.news() == (
+            "SafeLoader: 2 quarantined cases (train: brain_3, train: brain_5). Details: safeloader_incidents.jsonl"
+        )
+    train.happen(death("train"))
+    assert str(record.news()).endswith(
+        "unfinished batches made again; 2 quarantined cases (train: brain_3, train: brain_5). Details: "
+        "safeloader_incidents.jsonl"
+    )
+    assert "SafeLoader: train: trained without 2 quarantined cases: brain_3, brain_5" in record.summary()
 
 
 def test_news_counts_on_when_the_report_forgets_old_incidents(train: Loader, tmp_path: Path) -> None:
@@ -118,9 +134,10 @@ def test_the_summary_has_a_line_per_loader(train: Loader, val: Loader, tmp_path:
 
 def test_the_file_has_every_incident(train: Loader, tmp_path: Path) -> None:
     record = record_of(tmp_path, train=train)
-    train.happen(death("train", "SIGSEGV"))
+    train.happen(replace(death("train", "SIGSEGV"), stacks="Thread 0x1"))
     record.write("running")
     state = written(tmp_path)
+    assert "stacks" not in state["loaders"]["train"]["incidents"][0], "those are in the file of incidents"
     assert (state["outcome"], state["trainer"], state["rank"]) == ("running", "nnUNetTrainerSafeLoader", 0)
     assert state["loaders"]["train"]["incidents"][0]["signal"] == "SIGSEGV"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 import signal
 import sys
@@ -14,9 +15,14 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
+
+import numpy as np
 
 from safeloader import SafeAugmenter
 from safeloader.errors import SafeLoaderError
+from safeloader.pool import memory_watch
+from safeloader.pool.book import INCIDENTS_FILE
 from safeloader.testing import wait_until
 from tests.loaders import RandomLoader, fingerprint
 
@@ -47,6 +53,18 @@ class LoadableOnlyHere(RandomLoader):
         if state["home"] != os.getpid():
             raise RuntimeError("not at home")
         self.__dict__.update(state)
+
+
+class Leaks(RandomLoader):
+    """Keeps 4 MiB a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[np.ndarray] = []
+
+    def __next__(self) -> dict[str, Any]:
+        self.kept.append(np.ones(4 << 20, dtype=np.uint8))
+        return super().__next__()
 
 
 PIDS_CGROUPS = Path("/sys/fs/cgroup/pids")
@@ -118,6 +136,29 @@ def fork_fails() -> list[object]:
         group.rmdir()
 
 
+def quarantined() -> list[object]:
+    """A case that an earlier run has quarantined, of which each worker is told."""
+    with tempfile.TemporaryDirectory() as folder:
+        known = {"kind": "quarantine", "pool": "loader", "case": "case_of_old"}
+        (Path(folder) / INCIDENTS_FILE).write_text(json.dumps(known) + "\n")
+        with SafeAugmenter(RandomLoader(), None, 2, 2, seed=7, start_method="forked", folder=folder) as augmenter:
+            return [fingerprint(next(augmenter)) for _ in range(20)]
+
+
+def recycled() -> list[object]:
+    """A worker that keeps what it has read is asked to leave."""
+    options = {"recycle_growth_mib": 1, "start_method": "forked"}
+    with (
+        mock.patch.object(memory_watch, "_LOOK_EVERY_S", 0.0),
+        SafeAugmenter(Leaks(), None, 1, 2, seed=7, **options) as augmenter,
+    ):
+        seen: list[object] = []
+        while not augmenter.report().incident_counts.get("recycle") or len(seen) < 20:
+            seen.append(fingerprint(next(augmenter)))
+        wait_until(lambda: augmenter.workers()[0].incarnation > 0, what="the next life")
+        return seen[:20]
+
+
 SCENARIOS: dict[str, Callable[[], list[object]]] = {
     "stream": lambda: stream("forked"),
     "clean": lambda: stream("clean"),
@@ -126,6 +167,8 @@ SCENARIOS: dict[str, Callable[[], list[object]]] = {
     "raises_at_start": lambda: raises(RaisesAtStart()),
     "falls_back": falls_back_to_fork,
     "fork_fails": fork_fails,
+    "quarantined": quarantined,
+    "recycled": recycled,
 }
 
 

@@ -63,8 +63,8 @@ def half_read() -> None:
 
 def chained() -> None:
     try:
-        raise OSError(5, "Input/output error", "case_012.b2nd")
-    except OSError as error:
+        raise KeyError("case_012.b2nd")
+    except KeyError as error:
         raise ValueError("can't read the case\nsecond line") from error
 
 
@@ -185,7 +185,7 @@ def test_an_exception_comes_at_its_place_with_its_evidence(stage: str, method: s
 def test_the_remote_traceback_has_its_own_causes(undisturbed: list[Any]) -> None:
     with _failing(chained, "loading", undisturbed) as augmenter:
         error = _first_error(augmenter, undisturbed)
-    assert "OSError: [Errno 5] Input/output error: 'case_012.b2nd'" in str(error.__cause__)
+    assert "KeyError: 'case_012.b2nd'" in str(error.__cause__)
     assert "was the direct cause of the following exception" in str(error.__cause__)
     assert str(error).startswith("ValueError: can't read the case, raised in worker")
 

@@ -44,6 +44,8 @@ _SCENARIO_OF = {
     "StartFailed": "raises_at_start",
     "LoadFailed": "falls_back",
     "ForkFailed": "fork_fails",
+    "Avoid": "quarantined",
+    "Retire": "recycled",
 }
 """Points that the plain stream does not pass."""
 

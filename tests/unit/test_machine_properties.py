@@ -1,62 +1,188 @@
 """The machine over any order of events: the invariants hold after every step, and it always makes progress.
 
-`World` plays everything around the machine: workers that get ready, finish and die whenever they like, messages of
-the dead that arrive late, a consumer that takes and releases in its own time. It checks what it is told to do
-against what it knows, independently of the machine's own `validate`.
+`World` plays everything around the machine: workers that get ready, finish, fail, hang and die whenever they like,
+pages that show progress or none, processes that can't be killed, messages of the dead that arrive late, a clock that
+jumps, a consumer that takes and releases in its own time. It checks what it is told to do against what it knows,
+independently of the machine's own `validate`.
 """
 
 from __future__ import annotations
 
+import math
 import os
+import sys
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from safeloader.config import OnBadCase
 from safeloader.pool import events
-from safeloader.pool.machine import Limits, Machine, PoolState, SlotState
+from safeloader.pool.blame import Policy
+from safeloader.pool.events import Cause, Why
+from safeloader.pool.machine import KILL_S, Limits, Machine, PoolState
+from safeloader.pool.patience import HangLimits
+from safeloader.pool.slots import SlotState
+
+LEAST_S, FACTOR = 120.0, 20.0
+"""Of the adaptive deadline, as documented."""
+ASLEEP_S = 15.0
+EPSILON_S = 1e-6
+CASES = tuple(f"brain_{number}" for number in range(6))
+FAILURES = (
+    events.Failure("KeyError at user.py:7", "brain_0"),
+    events.Failure("KeyError at user.py:7"),
+    events.Failure("ValueError at user.py:9", "brain_1"),
+    events.Failure("OSError at user.py:3", "brain_2", reading=True),
+    events.Failure("OSError at user.py:3", "brain_3", reading=True, broken=True),
+    events.Failure("OSError at user.py:3", "brain_4", reading=True),
+    events.Failure("OSError at user.py:3", reading=True),
+    events.Failure("StopIteration", final=True),
+)
 
 
 @dataclass
 class _FakeWorker:
     incarnation: int
+    since: float  # its page
+    progress: float  # that, or when it was told to do something, on a clock that stands still while nobody looks
+    began: float = 0.0  # its present ticket
     ready: bool = False
+    fresh: bool = True
+    grown: bool = False
+    retiring: bool = False
+    condemned: float | None = None  # on the clock that stands still
+    unkillable: bool = False
     queue: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def expected(self) -> bool:
+        return self.condemned is None and (not self.ready or bool(self.queue) or self.retiring)
 
 
 class World(RuleBasedStateMachine):
-    @initialize(workers=st.integers(1, 4), num_cached=st.integers(1, 3), max_restarts=st.sampled_from([3, 10_000]))
-    def begin(self, workers: int, num_cached: int, max_restarts: int) -> None:
-        self.limits = Limits(workers, num_cached, max_restarts, window_s=600, backoff_first_s=0.1, backoff_max_s=5)
-        self.machine = Machine(self.limits)
-        self.now = 0.0
+    @initialize(
+        workers=st.integers(1, 4),
+        num_cached=st.integers(1, 3),
+        max_restarts=st.sampled_from([3, 10_000]),
+        begin_with_one=st.booleans(),
+        other_method=st.booleans(),
+        grow_back_s=st.sampled_from([5.0, 600.0]),
+        hang=st.sampled_from(
+            [
+                HangLimits(),
+                HangLimits(fixed_s=2.0, first_s=3.0),
+                HangLimits(fixed_s=20.0, most_s=10.0),
+                HangLimits(fixed_s=math.inf),
+            ]
+        ),
+        policy=st.sampled_from(
+            [
+                Policy(),
+                Policy(max_share=0.5, outage_s=30.0),
+                Policy(OnBadCase.RAISE),
+                Policy(OnBadCase.RETRY, outage_s=30.0),
+            ]
+        ),
+        cases=st.sampled_from([None, 1, 6, 100]),
+        quarantined=st.sampled_from([(), ("brain_0",)]),
+    )
+    def begin(
+        self,
+        workers: int,
+        num_cached: int,
+        max_restarts: int,
+        begin_with_one: bool,
+        other_method: bool,
+        grow_back_s: float,
+        hang: HangLimits,
+        policy: Policy,
+        cases: int | None,
+        quarantined: tuple[str, ...],
+    ) -> None:
+        self.limits = Limits(
+            workers,
+            num_cached,
+            max_restarts,
+            window_s=600,
+            backoff_first_s=0.1,
+            backoff_max_s=5,
+            begin_with=1 if begin_with_one else None,
+            grow_back_s=grow_back_s,
+            other_method=other_method,
+            hang=hang,
+            policy=policy,
+        )
+        self.machine = Machine(self.limits, quarantined=quarantined)
+        self.cases = cases
+        self.now = self.asked = self.awake = 1000.0
         self.alive: dict[int, _FakeWorker] = {}
+        self.lives: Counter[int] = Counter()
         self.buried: list[tuple[int, int]] = []
         self.slots: set[int] = set()
         self.filling: dict[int, tuple[int, int]] = {}  # slot: (worker, ticket)
         self.unproven: set[int] = set()  # slots in which an abandoned worker may still write
         self.delivered: dict[int, int] = {}  # ticket: slot, not taken yet
+        self.raised: set[int] = set()  # tickets among them that are exceptions
         self.leased: set[int] = set()
         self.next_ticket = 0
+        self.not_before: dict[int, float] = {}  # ticket
+        self.attempts: Counter[int] = Counter()
+        self.wrongs: Counter[str] = Counter()  # of a case since its last success
+        self.successes = 0
+        self.deaths = 0  # since the last batch
+        self.longest_s = 0.0
+        self.most = self.allowed = 1 if begin_with_one else workers
+        self.quarantined = set(quarantined)
+        self.switched = False
+        self.in_outage = False
         self.ended = False
         self.feed(events.Tick())
 
     # ---- carrying out what the machine says ----
 
-    def feed(self, event: events.Event) -> None:
-        for action in self.machine.handle(event, self.now):
-            self.carry_out(action)
-        self.machine.validate()
+    def feed(self, event: events.Event) -> Sequence[events.Action]:
+        """What the pool does: an event, what it leads to, and what that causes at once."""
+        if self.now - self.asked <= ASLEEP_S:
+            self.awake += self.now - self.asked
+        self.asked = self.now
+        queue, actions = deque([event]), []
+        while queue:
+            answer = self.machine.handle(queue.popleft(), self.now)
+            actions += answer
+            for action in answer:
+                queue.extend(self.carry_out(action))
+            self.machine.validate()
+        self.it_wakes_in_time()
+        return actions
 
-    def carry_out(self, action: events.Action) -> None:
+    def carry_out(self, action: events.Action) -> list[events.Event]:  # noqa: C901 - one branch an action
         match action:
-            case events.Start(worker, incarnation):
-                assert worker not in self.alive, "one process per worker"
-                assert not self.ended, "nothing is started after the end"
-                self.alive[worker] = _FakeWorker(incarnation)
-            case events.Stop(worker, incarnation):
-                assert self.alive[worker].incarnation == incarnation
+            case events.Start():
+                self.start(action)
+            case events.Stop(worker, incarnation) | events.Condemn(worker, incarnation):
+                fake = self.alive[worker]
+                assert fake.incarnation == incarnation and fake.condemned is None
+                if isinstance(action, events.Condemn):
+                    self.it_is_hung(fake, action)
+                else:
+                    assert self.ended
+                fake.condemned = self.awake
+            case events.Inspect(worker, incarnation):
+                fake = self.alive[worker]
+                assert fake.incarnation == incarnation and fake.expected
+                return [events.Seen(worker, incarnation, fake.since)]
+            case events.Abandon(worker, incarnation):
+                return [self.abandon(worker, incarnation)]
+            case events.Retire(worker, incarnation):
+                fake = self.alive[worker]
+                assert fake.incarnation == incarnation and fake.ready and fake.condemned is None
+                assert fake.grown and not fake.retiring and not fake.queue
+                fake.retiring = True
+                fake.progress = self.awake
             case events.CreateSlot(slot):
                 assert slot not in self.slots
                 self.slots.add(slot)
@@ -66,75 +192,300 @@ class World(RuleBasedStateMachine):
                 assert slot not in self.filling or self.filling[slot][0] not in self.alive
                 self.slots.remove(slot)
                 self.filling.pop(slot, None)
-            case events.Produce(worker, ticket, slot):
-                fake = self.alive[worker]
-                assert fake.ready and len(fake.queue) < 2
-                assert slot in self.slots and slot not in self.filling and slot not in self.leased
-                assert slot not in self.delivered.values(), "a READY slot is not written"
-                assert slot not in self.unproven, "nobody else may still write there"
-                assert ticket >= self.next_ticket and ticket not in self.delivered, "never made twice"
-                assert ticket not in {t for _, t in self.filling.values()}, "in one place at a time"
-                fake.queue.append((ticket, slot))
-                self.filling[slot] = (worker, ticket)
-            case events.Deliver(ticket, slot, _):
+            case events.Produce():
+                self.produce(action)
+            case events.Deliver(ticket, slot, failed):
                 assert ticket not in self.delivered and ticket >= self.next_ticket, "exactly once"
                 self.filling.pop(slot)
                 self.delivered[ticket] = slot
-            case events.GiveUp():
+                if failed:
+                    self.raised.add(ticket)
+            case _:
+                self.record(action)
+        return []
+
+    def start(self, action: events.Start) -> None:
+        worker = action.worker
+        assert worker not in self.alive, "one process per worker"
+        assert not self.ended, "nothing is started after the end"
+        assert action.incarnation == self.lives[worker]
+        self.lives[worker] += 1
+        self.alive[worker] = _FakeWorker(action.incarnation, self.now, self.awake)
+        assert len(self.alive) <= self.allowed, "nothing is started beyond what is allowed"
+
+    def produce(self, action: events.Produce) -> None:
+        fake = self.alive[action.worker]
+        assert not self.ended
+        assert fake.ready and len(fake.queue) < 2
+        assert fake.condemned is None and not fake.grown and not fake.retiring, "it is about to leave"
+        slot, ticket = action.slot, action.ticket
+        assert slot in self.slots and slot not in self.filling and slot not in self.leased
+        assert slot not in self.delivered.values(), "a READY slot is not written"
+        assert slot not in self.unproven, "nobody else may still write there"
+        assert ticket >= self.next_ticket and ticket not in self.delivered, "never made twice"
+        assert ticket not in {t for _, t in self.filling.values()}, "in one place at a time"
+        assert self.now >= self.not_before.pop(ticket, 0.0), "its time has not come"
+        assert action.attempt >= self.attempts[ticket], "a draw that was given up stays so"
+        self.attempts[ticket] = action.attempt
+        if not fake.queue:
+            fake.progress, fake.began = self.awake, self.now
+        fake.queue.append((ticket, slot))
+        self.filling[slot] = (action.worker, ticket)
+
+    def goes_on(self, fake: _FakeWorker) -> None:
+        """It has done one thing and begins the next."""
+        fake.since, fake.progress, fake.began = self.now, self.awake, self.now
+
+    def it_is_hung(self, fake: _FakeWorker, action: events.Condemn) -> None:
+        assert fake.expected and not self.ended
+        hang = self.limits.hang
+        least_s = LEAST_S if hang.fixed_s is None else hang.fixed_s
+        least_s = min(hang.most_s, max(least_s, hang.first_s) if fake.fresh else least_s)
+        assert action.allowed_s >= least_s
+        assert self.awake - fake.progress >= least_s - EPSILON_S, "what passed while nobody looked does not count"
+        assert abs(action.idle_s - (self.awake - fake.progress)) < EPSILON_S
+
+    def abandon(self, worker: int, incarnation: int) -> events.Exited:
+        fake = self.alive[worker]
+        assert fake.incarnation == incarnation and fake.condemned is not None
+        assert self.awake >= fake.condemned + KILL_S - EPSILON_S, "it gets the time to end"
+        return self.bury(worker, Cause.NURSERY, proven=False)
+
+    def bury(
+        self, worker: int, cause: Cause, *, proven: bool = True, counts: bool = True, case: str | None = None
+    ) -> events.Exited:
+        fake = self.alive.pop(worker)
+        for _, slot in fake.queue:
+            self.filling.pop(slot, None)
+            if not proven:
+                self.unproven.add(slot)
+        self.buried.append((worker, fake.incarnation))
+        ticket = fake.queue[0][0] if fake.queue else None
+        blamed = cause in (Cause.ITSELF, Cause.READING, Cause.MEMORY, Cause.HUNG) or fake.condemned is not None
+        if case is not None and ticket is not None and blamed:
+            self.wrongs[case] += 1
+        self.deaths += 1
+        return events.Exited(worker, fake.incarnation, cause, proven, counts, ticket=ticket, case=case)
+
+    def record(self, action: events.Action) -> None:
+        policy = self.limits.policy
+        match action:
+            case events.Mourn(_, _, tickets, restart_in_s, _, again_in_s):
+                assert restart_in_s is None or 0 <= restart_in_s <= self.limits.backoff_max_s
+                assert not tickets or again_in_s >= 0
+                if again_in_s > 0:
+                    self.not_before[tickets[0]] = self.now + again_in_s
+            case events.Retry(worker, incarnation, ticket, in_s):
+                assert self.alive[worker].incarnation == incarnation
+                self.filling = {slot: held for slot, held in self.filling.items() if held != (worker, ticket)}
+                self.not_before[ticket] = self.now + in_s
+            case events.Redraw(ticket, attempt):
+                assert attempt > self.attempts[ticket]
+                self.attempts[ticket] = attempt
+            case events.Quarantine(case, _, quarantined, limit):
+                assert policy.on_bad_case is OnBadCase.QUARANTINE and not self.in_outage
+                assert case not in self.quarantined and self.wrongs[case] >= 2 and self.successes > 0
+                self.quarantined.add(case)
+                assert quarantined == len(self.quarantined) <= limit
+                assert self.cases is None or limit <= max(1, policy.max_share * self.cases) < self.cases
+            case events.Outage(cases):
+                assert self.in_outage != bool(cases), "one ends before the next begins"
+                self.in_outage = bool(cases)
+            case events.Resize(workers, before, why):
+                assert before == self.allowed != workers and 1 <= workers <= self.limits.workers
+                assert why is not Why.QUIET or workers == before + 1 <= self.most
+                assert why not in (Why.DEATHS, Why.STARTS) or workers < before
+                self.allowed = workers
+            case events.SwitchMethod():
+                assert self.limits.other_method and not self.switched and self.allowed == 1
+                self.switched = True
+            case events.GiveUp(why, case=case):
+                assert not self.ended
                 self.ended = True
-            case events.Mourn():
-                pass
+                self.it_gives_up_for_a_reason(why, case)
+
+    def it_gives_up_for_a_reason(self, why: Why, case: str | None) -> None:
+        policy = self.limits.policy.on_bad_case
+        if why in (Why.DEATHS, Why.STARTS):
+            assert self.deaths > 3 and self.allowed == 1 and self.switched == self.limits.other_method
+        elif why is Why.OUTAGE:
+            assert self.in_outage
+        elif why is Why.BAD_CASE:
+            assert policy is OnBadCase.RAISE
+        else:
+            assert why is Why.QUARANTINE and policy is OnBadCase.QUARANTINE and case is not None
+            assert self.wrongs[case] >= 2 and self.successes > 0
 
     # ---- what can happen ----
 
-    @rule(data=st.data())
-    def a_worker_gets_ready(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), everybody=st.booleans())
+    def workers_get_ready(self, data: st.DataObject, everybody: bool) -> None:
         starting = [w for w, fake in self.alive.items() if not fake.ready]
-        if starting:
-            worker = data.draw(st.sampled_from(starting))
-            self.alive[worker].ready = True
-            self.feed(events.Ready(worker, self.alive[worker].incarnation))
+        if starting and not everybody:
+            starting = [data.draw(st.sampled_from(starting))]
+        for worker in starting:
+            self.gets_ready(worker)
 
-    @rule(data=st.data(), failed=st.booleans())
-    def a_worker_finishes(self, data: st.DataObject, failed: bool) -> None:
+    def gets_ready(self, worker: int) -> None:
+        fake = self.alive[worker]
+        fake.ready = True
+        self.goes_on(fake)
+        self.feed(events.Ready(worker, fake.incarnation, self.cases))
+
+    @rule(data=st.data(), cases=st.sets(st.sampled_from(CASES), max_size=2))
+    def a_worker_finishes(self, data: st.DataObject, cases: set[str]) -> None:
         busy = [w for w, fake in self.alive.items() if fake.queue]
         if busy:
-            worker = data.draw(st.sampled_from(busy))
-            ticket, slot = self.alive[worker].queue.pop(0)
-            if self.ended:
-                self.filling.pop(slot)
-            self.feed(events.Finished(worker, self.alive[worker].incarnation, ticket, slot, failed))
+            self.finishes(data.draw(st.sampled_from(busy)), tuple(sorted(cases)))
 
-    @rule(data=st.data(), proven=st.booleans())
-    def a_worker_dies(self, data: st.DataObject, proven: bool) -> None:
+    def finishes(self, worker: int, cases: tuple[str, ...] = ()) -> None:
+        fake = self.alive[worker]
+        ticket, slot = fake.queue.pop(0)
+        self.longest_s = max(self.longest_s, self.now - fake.began)
+        fake.fresh = False
+        self.goes_on(fake)
+        if self.ended:
+            self.filling.pop(slot)
+        else:
+            self.successes += 1
+            self.deaths = 0
+            for case in cases:
+                del self.wrongs[case]
+        self.feed(events.Finished(worker, fake.incarnation, ticket, slot, cases))
+        assert self.ended or ticket in self.delivered
+
+    @rule(rounds=st.integers(1, 6), cases=st.sets(st.sampled_from(CASES[3:]), max_size=2))
+    def all_goes_well_for_a_while(self, rounds: int, cases: set[str]) -> None:
+        for _ in range(rounds):
+            self.now += 0.5
+            self.ticks()
+            for worker, fake in list(self.alive.items()):
+                if not fake.ready:
+                    self.gets_ready(worker)
+                elif fake.queue:
+                    self.finishes(worker, tuple(sorted(cases)))
+            self.the_consumer_takes()
+            self.leases_end()
+
+    @rule(data=st.data(), failure=st.sampled_from(FAILURES))
+    def a_ticket_fails(self, data: st.DataObject, failure: events.Failure) -> None:
+        busy = [w for w, fake in self.alive.items() if fake.queue]
+        if busy:
+            self.fails(data.draw(st.sampled_from(busy)), failure)
+
+    def fails(self, worker: int, failure: events.Failure) -> None:
+        fake = self.alive[worker]
+        ticket, slot = fake.queue.pop(0)
+        if failure.case is not None:
+            self.wrongs[failure.case] += 1
+        self.goes_on(fake)
+        if self.ended:
+            self.filling.pop(slot)
+        self.feed(events.Finished(worker, fake.incarnation, ticket, slot, failure=failure))
+
+    @rule(
+        faults=st.lists(st.sampled_from([*FAILURES[:-1], Cause.ITSELF, Cause.READING]), min_size=1, max_size=3),
+        others_work=st.booleans(),
+        times=st.integers(1, 20),
+        waits=st.booleans(),
+    )
+    def something_stays_bad(
+        self, faults: list[events.Failure | Cause], others_work: bool, times: int, waits: bool
+    ) -> None:
+        """Tickets fail or kill their workers in turn, and each is made again when its time comes."""
+        how = [*faults, None] if others_work else faults
+        for turn in range(times):
+            for worker, fake in list(self.alive.items()):
+                if not fake.ready:
+                    self.gets_ready(worker)
+            busy = [w for w, fake in self.alive.items() if fake.queue and not fake.unkillable]
+            fault = how[turn % len(how)]
+            if busy and fault is None:
+                self.finishes(busy[-1], CASES[5:])
+                self.the_consumer_takes()
+                self.leases_end()
+            elif busy and isinstance(fault, Cause):
+                self.feed(self.bury(busy[0], fault, case="brain_2"))
+            elif busy and isinstance(fault, events.Failure):
+                self.fails(busy[0], fault)
+            later = [at for at in self.not_before.values() if at > self.now]
+            if waits and later:
+                self.now = min(later)
+                self.ticks()
+
+    @rule(
+        data=st.data(),
+        cause=st.sampled_from(Cause),
+        proven=st.booleans(),
+        counts=st.booleans(),
+        case=st.sampled_from([None, "brain_1", "brain_5"]),
+    )
+    def a_worker_dies(self, data: st.DataObject, cause: Cause, proven: bool, counts: bool, case: str | None) -> None:
+        mortal = sorted(w for w, fake in self.alive.items() if not fake.unkillable)
+        if mortal:
+            worker = data.draw(st.sampled_from(mortal))
+            self.feed(self.bury(worker, cause, proven=proven, counts=counts, case=case))
+
+    @rule()
+    def the_condemned_and_the_retiring_end(self) -> None:
+        for worker, fake in list(self.alive.items()):
+            if fake.condemned is not None and not fake.unkillable:
+                self.feed(self.bury(worker, Cause.OUTSIDE))
+            elif fake.retiring:
+                self.feed(self.bury(worker, Cause.SPENT))
+
+    @rule(data=st.data(), really=st.integers(0, 3))
+    def a_worker_becomes_unkillable(self, data: st.DataObject, really: int) -> None:
+        if self.alive and really == 0:
+            self.alive[data.draw(st.sampled_from(sorted(self.alive)))].unkillable = True
+
+    @rule(data=st.data())
+    def a_worker_shows_progress(self, data: st.DataObject) -> None:
+        if self.alive:
+            fake = self.alive[data.draw(st.sampled_from(sorted(self.alive)))]
+            fake.since, fake.progress = self.now, self.awake
+
+    @rule(data=st.data())
+    def a_worker_grows(self, data: st.DataObject) -> None:
         if self.alive:
             worker = data.draw(st.sampled_from(sorted(self.alive)))
-            fake = self.alive.pop(worker)
-            for _, slot in fake.queue:
-                self.filling.pop(slot, None)
-                if not proven:
-                    self.unproven.add(slot)
-            self.buried.append((worker, fake.incarnation))
-            self.feed(events.Exited(worker, fake.incarnation, proven))
+            fake = self.alive[worker]
+            fake.grown = fake.grown or fake.ready
+            self.feed(events.Grown(worker, fake.incarnation))
+
+    @rule(workers=st.integers(0, 6))
+    def memory_is_measured(self, workers: int) -> None:
+        self.most = max(1, min(workers, self.limits.workers))
+        self.feed(events.Budget(workers))
+        assert self.allowed <= self.most
 
     @precondition(lambda self: self.buried)
     @rule(data=st.data(), ticket=st.integers(0, 30), slot=st.integers(0, 10))
     def the_dead_are_heard_late(self, data: st.DataObject, ticket: int, slot: int) -> None:
         worker, incarnation = data.draw(st.sampled_from(self.buried))
-        kind = data.draw(st.integers(0, 2))
-        late = (
+        words: list[events.Event] = [
             events.Ready(worker, incarnation),
             events.Finished(worker, incarnation, ticket, slot),
-            events.Exited(worker, incarnation),
-        )[kind]
+            events.Finished(worker, incarnation, ticket, slot, failure=FAILURES[0]),
+            events.Exited(worker, incarnation, ticket=ticket, case="brain_0"),
+            events.Seen(worker, incarnation, 0.0),
+            events.Grown(worker, incarnation),
+        ]
+        late = data.draw(st.sampled_from(words))
         assert self.machine.handle(late, self.now) == [], "the dead change nothing"
 
     @rule()
     def the_consumer_takes(self) -> None:
-        if self.next_ticket in self.delivered and len(self.leased) < self.limits.max_leases:
-            self.leased.add(self.delivered.pop(self.next_ticket))
-            self.feed(events.Taken(self.next_ticket))
+        ticket = self.next_ticket
+        if ticket in self.delivered and len(self.leased) < self.limits.max_leases:
+            slot = self.delivered.pop(ticket)
+            if slot in self.slots:
+                self.leased.add(slot)
             self.next_ticket += 1
+            self.feed(events.Taken(ticket))
+            if ticket in self.raised and not self.ended:
+                self.ended = True
+                self.feed(events.Close(failed=True))
 
     @rule(data=st.data())
     def the_consumer_releases(self, data: st.DataObject) -> None:
@@ -143,10 +494,59 @@ class World(RuleBasedStateMachine):
             self.leased.remove(slot)
             self.feed(events.Released(slot))
 
-    @rule(seconds=st.floats(0.01, 700))
+    def leases_end(self) -> None:
+        for slot in list(self.leased):
+            self.leased.remove(slot)
+            self.feed(events.Released(slot))
+
+    @rule(seconds=st.one_of(st.floats(0.01, 5), st.floats(5, 14.9), st.floats(15.1, 100), st.floats(1800, 20_000)))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
-        self.feed(events.Tick())
+        self.ticks()
+
+    @rule(seconds=st.floats(5, 10), asleep_s=st.floats(1800, 20_000), times=st.integers(1, 80))
+    def the_trainer_is_suspended(self, seconds: float, asleep_s: float, times: int) -> None:
+        """Its workers have shown progress that it has not seen yet."""
+        for step_s in (seconds, asleep_s):
+            self.now += step_s
+            self.ticks()
+            if step_s == seconds:
+                for fake in self.alive.values():
+                    fake.since, fake.progress = self.now, self.awake
+        self.the_supervisor_waits(times)
+
+    @rule(times=st.integers(1, 40), obedient=st.booleans())
+    def the_supervisor_waits(self, times: int, obedient: bool = True) -> None:
+        """As it does: until the machine wants to be called, and nothing else happens meanwhile."""
+        for _ in range(times):
+            wake = self.machine.next_wake()
+            if wake is None:
+                return
+            self.now = max(self.now, wake)
+            self.ticks()
+            if obedient:
+                self.the_condemned_and_the_retiring_end()
+
+    def ticks(self) -> None:
+        """A tick, and more as long as the machine wants them now: each has to do something."""
+        for _ in range(5):
+            actions = self.feed(events.Tick())
+            self.nobody_is_forgotten()
+            wake = self.machine.next_wake()
+            if wake is None or wake > self.now:
+                return
+            assert actions, "it wants to be called and does nothing"
+        raise AssertionError(f"a busy loop: {actions}")
+
+    def nobody_is_forgotten(self) -> None:
+        hang = self.limits.hang
+        usual_s = max(LEAST_S, FACTOR * self.longest_s) if hang.fixed_s is None else hang.fixed_s
+        for fake in self.alive.values():
+            allowed_s = min(hang.most_s, max(usual_s, hang.first_s) if fake.fresh else usual_s)
+            if fake.expected and not self.ended:
+                assert self.awake - fake.progress < allowed_s + EPSILON_S, "it is hung"
+            if fake.condemned is not None:
+                assert self.awake - fake.condemned < KILL_S + EPSILON_S, "it can't be killed"
 
     @precondition(lambda self: not self.ended)
     @rule(failed=st.booleans(), really=st.integers(0, 9))
@@ -157,47 +557,62 @@ class World(RuleBasedStateMachine):
 
     # ---- what must hold ----
 
+    def it_wakes_in_time(self) -> None:
+        """The machine knows when it is needed again, as far as this world can tell."""
+        wake = self.machine.next_wake()
+        due = [self.now + KILL_S for fake in self.alive.values() if fake.condemned is not None]
+        if not self.ended:
+            due += [at for at in self.not_before.values() if at > self.now]
+            due += [self.now + 5.0 for fake in self.alive.values() if fake.expected]
+            if len(self.alive) < self.allowed:
+                due.append(self.now + self.limits.backoff_max_s)
+        assert not due or (wake is not None and wake <= min(due) + EPSILON_S)
+
     @invariant()
     def it_ends_when_it_says_so(self) -> None:
         assert self.ended == (self.machine.state is not PoolState.RUNNING)
         assert self.machine.stopped == (self.ended and not self.alive)
+        assert self.machine.allowed == self.allowed
+        if self.ended:
+            assert all(fake.condemned is not None for fake in self.alive.values()), "all are told to end"
 
     def teardown(self) -> None:
-        """Whatever happened: from here on nobody dies, and then every ticket comes; or everything ends."""
-        if not hasattr(self, "machine"):
-            return
-        if self.ended:
-            self.the_end_is_clean()
+        """Whatever happened: from here on nobody fails, and then every ticket comes; or everything ends."""
+        if not hasattr(self, "machine") or sys.exc_info()[0] is not None:
             return
         goal = self.next_ticket + 10
         for _ in range(200):
-            if self.next_ticket >= goal:
-                return
-            self.now += self.limits.backoff_max_s
-            self.feed(events.Tick())
+            if self.ended or self.next_ticket >= goal:
+                break
+            self.now += 5.0
+            for fake in self.alive.values():
+                fake.unkillable = False
+                if fake.condemned is None:
+                    fake.since, fake.progress = self.now, self.awake + 5.0
+            self.ticks()
+            self.the_condemned_and_the_retiring_end()
             for worker, fake in list(self.alive.items()):
                 if not fake.ready:
-                    fake.ready = True
-                    self.feed(events.Ready(worker, fake.incarnation))
+                    self.gets_ready(worker)
                 if fake.queue:
-                    ticket, slot = fake.queue.pop(0)
-                    self.feed(events.Finished(worker, fake.incarnation, ticket, slot))
-            for slot in list(self.leased):
-                self.leased.remove(slot)
-                self.feed(events.Released(slot))
+                    self.finishes(worker)
+            self.leases_end()
             self.the_consumer_takes()
-        raise AssertionError(f"no progress: {self.machine.slots()}, {self.alive}")
+        else:
+            raise AssertionError(f"no progress: {self.machine.slots()}, {self.alive}")
+        if not self.ended:
+            self.ended = True
+            self.feed(events.Close())
+        self.the_end_is_clean()
 
     def the_end_is_clean(self) -> None:
         for worker, fake in list(self.alive.items()):
-            del self.alive[worker]
-            for _, slot in fake.queue:
-                self.filling.pop(slot, None)
-            self.feed(events.Exited(worker, fake.incarnation))
-        for slot in list(self.leased):
-            self.leased.remove(slot)
-            self.feed(events.Released(slot))
-        assert self.machine.stopped
+            if not fake.unkillable:
+                self.feed(self.bury(worker, Cause.OUTSIDE))
+        self.now += KILL_S
+        self.ticks()
+        self.leases_end()
+        assert self.machine.stopped and self.machine.next_wake() is None
         assert sum(self.machine.slots().values()) == 0 == self.machine.slots()[SlotState.FREE]
 
 
@@ -206,5 +621,6 @@ TestMachine.settings = settings(
     max_examples=int(os.environ.get("SAFELOADER_EXAMPLES", "300")),
     stateful_step_count=60,
     deadline=None,
+    report_multiple_bugs=False,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -1,0 +1,98 @@
+"""The ring's books: which slot belongs to whom. Pure; part of the machine.
+
+    FREE ──fill──► FILLING(worker, ticket) ──ready──► READY ──taken──► LEASED ──released──► FREE
+      ▲                     │ free: its worker has ended
+      └─────────────────────┘   (discarded instead if nobody can prove that the worker writes no more)
+
+A slot has one owner at any time, and only a FREE or FILLING slot is written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+
+
+class SlotState(Enum):
+    """See the module's diagram."""
+
+    FREE = auto()
+    FILLING = auto()
+    READY = auto()
+    LEASED = auto()
+
+
+@dataclass
+class Slot:
+    """One slot; `worker` only while it is filled, `ticket` until it is taken."""
+
+    state: SlotState = SlotState.FREE
+    worker: int | None = None
+    ticket: int | None = None
+
+
+class Slots:
+    """All slots of a pool, at most `limit` at a time; ids are never used again."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._slots: dict[int, Slot] = {}
+        self._made = 0
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, slot: int) -> Slot:
+        return self._slots[slot]
+
+    def __iter__(self) -> Iterator[tuple[int, Slot]]:
+        return iter(list(self._slots.items()))
+
+    def counts(self) -> dict[SlotState, int]:
+        """How many slots are in each state."""
+        return {state: sum(slot.state is state for slot in self._slots.values()) for state in SlotState}
+
+    @property
+    def obtainable(self) -> int:
+        """How many slots are free, or could be made."""
+        return self.counts()[SlotState.FREE] + self._limit - len(self._slots)
+
+    def obtain(self) -> tuple[int, bool] | None:
+        """A free slot, the last one used if possible, and whether it was made just now; None if there is none."""
+        free = [slot_id for slot_id, slot in self._slots.items() if slot.state is SlotState.FREE]
+        if free:
+            return free[-1], False
+        if len(self._slots) >= self._limit:
+            return None
+        slot_id, self._made = self._made, self._made + 1
+        self._slots[slot_id] = Slot()
+        return slot_id, True
+
+    def fill(self, slot: int, worker: int, ticket: int) -> None:
+        """FREE → FILLING."""
+        self._slots[slot] = Slot(SlotState.FILLING, worker, ticket)
+
+    def ready(self, slot: int, ticket: int) -> None:
+        """FILLING → READY."""
+        self._slots[slot] = Slot(SlotState.READY, ticket=ticket)
+
+    def free(self, slot: int) -> None:
+        """FILLING → FREE."""
+        self._slots[slot] = Slot()
+
+    def taken(self, ticket: int) -> None:
+        """READY → LEASED; nothing if it was let go already."""
+        for slot in self._slots.values():
+            if slot.state is SlotState.READY and slot.ticket == ticket:
+                slot.state, slot.ticket = SlotState.LEASED, None
+
+    def released(self, slot: int) -> None:
+        """LEASED → FREE; also READY → FREE: it was taken and let go so quickly that `taken` is still to come."""
+        known = self._slots.get(slot)
+        if known is not None and known.state in (SlotState.READY, SlotState.LEASED):
+            known.state, known.ticket = SlotState.FREE, None
+
+    def discard(self, slot: int) -> None:
+        """Forget it."""
+        del self._slots[slot]

@@ -1,0 +1,34 @@
+"""What the README says is there, is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from safeloader import errors
+from safeloader.config import OPTIONS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_is_documented_with_its_variable(name: str) -> None:
+    assert re.search(rf"^\| `{name}` \|.*\| `{OPTIONS[name].env(name)}` \|", README, re.MULTILINE)
+
+
+def test_no_option_is_documented_that_does_not_exist() -> None:
+    assert set(re.findall(r"`(SAFELOADER_[A-Z_]+)`", README)) == {OPTIONS[name].env(name) for name in OPTIONS}
+
+
+def test_every_test_that_it_names_exists() -> None:
+    named = re.findall(r"`(tests/[\w/.]+)`", README)
+    assert named
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_every_error_that_it_names_exists() -> None:
+    named = set(re.findall(r"`(\w+Error)`", README))
+    assert named <= set(vars(errors))
