@@ -8,13 +8,12 @@ A worker's life (`_Worker.state`):
     STARTING ──Ready──► READY ──Exited──► DOWN ──its time comes──► STARTING (next incarnation)
         └──────Exited──────────────────────▲
 
-A ticket's life: issued in ascending order, lost tickets first → READY → taken exactly once, in order. A ticket is lost
-with its worker, or ends in an exception that is not raised; it is made again at once or after a while.
+A ticket's life: issued in ascending order, lost tickets first → READY → taken exactly once, in order.
 
-Four books are kept by parts of their own: `slots` (whose slot), `blame` (a failure's culprit), `strength` (how many
-workers, and when to give up), `patience` (how long without progress).
+Five books are kept by parts of their own: `lanes` (which ticket comes next), `slots` (whose slot), `blame` (a failure's
+culprit), `strength` (how many workers, and when to give up), `patience` (how long without progress).
 
-Sizes. There are at most workers + 2 x num_cached slots. The consumer leases no more than `Limits.max_leases` of them
+Sizes. A lane has at most workers + 2 x num_cached slots. The consumer leases no more than `Limits.max_leases` of them
 (beyond that it gets copies), so workers always have some. A lost ticket has a slot kept for it: otherwise the others'
 READY slots could wait for it for ever.
 
@@ -29,7 +28,6 @@ the machine itself was not asked says nothing about the workers, so it does not 
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import deque
 from collections.abc import Iterable
@@ -70,12 +68,14 @@ from safeloader.pool.events import (
     Tick,
     Why,
 )
+from safeloader.pool.lanes import Lane
 from safeloader.pool.patience import HangLimits, Patience
 from safeloader.pool.slots import Slots, SlotState
 from safeloader.pool.strength import Strength, StrengthLimits
 
 TICKETS_AHEAD: Final = 2
-"""Tickets that a worker holds at most: one in work, one so that it need not wait for the trainer."""
+"""Tickets that a worker holds at most: one in work, one so that it need not wait for the trainer. In a lane of its own
+only one: if that fails, it comes again before the next."""
 DEATHS_IN_A_ROW: Final = 6
 """Deaths of one worker, while others make batches, after which the pool goes on without it for a while."""
 KILL_S: Final = 5.0
@@ -118,13 +118,24 @@ class Limits:
     begin_with: int | None = None
     grow_back_s: float = 600.0
     other_method: bool = False
+    own_lanes: bool = False
     hang: HangLimits = field(default_factory=HangLimits)
     policy: Policy = field(default_factory=Policy)
 
     @property
+    def lanes(self) -> int:
+        """How many lanes there are: one for all workers, or one for each."""
+        return self.workers if self.own_lanes else 1
+
+    @property
+    def lane_slots(self) -> int:
+        """The size of a lane's ring."""
+        return self.workers // self.lanes + 2 * self.num_cached
+
+    @property
     def slots(self) -> int:
         """The size of the ring."""
-        return self.workers + 2 * self.num_cached
+        return self.lanes * self.lane_slots
 
     @property
     def max_leases(self) -> int:
@@ -136,8 +147,9 @@ class Limits:
         """What is about the number of workers."""
         begin_with = self.workers if self.begin_with is None else self.begin_with
         return StrengthLimits(
-            self.workers, begin_with, self.max_restarts, self.window_s, self.grow_back_s, self.other_method
-        )
+            self.workers, begin_with, self.max_restarts, self.window_s, self.grow_back_s, self.other_method,
+            all_or_none=self.own_lanes,
+        )  # fmt: skip
 
 
 @dataclass
@@ -181,11 +193,15 @@ class Machine:
         self.blame = Blame(limits.policy, quarantined)
         self._strength = Strength(limits.strength)
         self._patience = Patience(limits.hang)
-        self._slots = Slots(limits.slots)
+        self._lanes = [
+            Lane(
+                number, limits.lanes, first_ticket + number, Slots(limits.lane_slots, number, limits.lanes),
+                ordered=limits.own_lanes,
+            )
+            for number in range(limits.lanes)
+        ]  # fmt: skip
+        self._first_ticket = first_ticket
         self._workers = [_Worker(index) for index in range(limits.workers)]
-        self._next_ticket = first_ticket
-        self._lost: list[int] = []  # a heap
-        self._later: dict[int, float] = {}  # lost tickets whose time has not come
         self._last = 0.0
         self._sleeps: deque[tuple[float, float]] = deque(maxlen=_SLEEPS)  # (from, to)
         self._actions: list[Action] = []
@@ -206,7 +222,8 @@ class Machine:
 
     def slots(self) -> dict[SlotState, int]:
         """How many slots are in each state."""
-        return self._slots.counts()
+        counts = [lane.slots.counts() for lane in self._lanes]
+        return {state: sum(count[state] for count in counts) for state in SlotState}
 
     @property
     def allowed(self) -> int:
@@ -222,7 +239,7 @@ class Machine:
         """When a `Tick` will change something, on the caller's clock."""
         wakes = [w.condemned_at + KILL_S for w in self._workers if w.condemned_at is not None]
         if self.state is PoolState.RUNNING:
-            wakes += self._later.values()
+            wakes += [wake for lane in self._lanes for wake in lane.wakes]
             wakes += [self._deadline(w) for w in self._workers if w.watched]
             if any(w.watched for w in self._workers):
                 wakes.append(self._last + HEARTBEAT_S)
@@ -241,9 +258,9 @@ class Machine:
             case Budget(workers):
                 self._note(self._strength.budget(workers))
             case Taken(ticket):
-                self._slots.taken(ticket)
+                self._lane_of(ticket).slots.taken(ticket)
             case Released(slot):
-                self._slots.released(slot)
+                self._slots(slot).released(slot)
             case Tick():
                 self._watch(now)
             case Close(failed):
@@ -253,11 +270,19 @@ class Machine:
         if self.state is PoolState.RUNNING:
             self._note(self._strength.grow(now))
             self._start_workers(now)
-            self._assign_lost(now)
-            self._assign_new(now)
+            for lane in self._lanes:
+                self._assign_lost(lane, now)
+                self._assign_new(lane, now)
             self._retire(now)
         self._trim()
         return self._actions
+
+    def _lane_of(self, ticket: int) -> Lane:
+        return self._lanes[(ticket - self._first_ticket) % len(self._lanes)]
+
+    def _slots(self, slot: int) -> Slots:
+        """The part of the ring that the slot belongs to."""
+        return self._lanes[slot % len(self._lanes)].slots
 
     def _note(self, action: Action | None) -> None:
         if action is not None:
@@ -299,7 +324,7 @@ class Machine:
         begun = worker.began
         worker.begins(now)
         if self.state is not PoolState.RUNNING:
-            self._slots.free(event.slot)
+            self._slots(event.slot).free(event.slot)
         elif event.failure is None:
             worker.fresh = False
             self._on_batch(event, now, begun)
@@ -308,8 +333,8 @@ class Machine:
             if verdict.fate is Fate.RAISE:
                 self._deliver(event)
                 return
-            self._slots.free(event.slot)
-            self._lose(event.ticket, now + verdict.in_s)
+            self._slots(event.slot).free(event.slot)
+            self._lane_of(event.ticket).lose(event.ticket, now + verdict.in_s)
             self._actions.append(Retry(event.worker, event.incarnation, event.ticket, verdict.in_s))
             self._carry_out(verdict, event.ticket, now)
 
@@ -323,7 +348,7 @@ class Machine:
         self._deliver(event)
 
     def _deliver(self, event: Finished) -> None:
-        self._slots.ready(event.slot, event.ticket)
+        self._slots(event.slot).ready(event.slot, event.ticket)
         self._actions.append(Deliver(event.ticket, event.slot, event.failure is not None))
 
     def _on_exited(self, event: Exited, now: float) -> None:
@@ -336,8 +361,8 @@ class Machine:
         starting = worker.state is WorkerState.STARTING
         is_evidence = (starting or bool(tickets)) and self._running <= self.allowed
         for ticket, slot in worker.assigned:
-            self._lose(ticket, now)
-            self._slots.free(slot)
+            self._lane_of(ticket).lose(ticket, now)
+            self._slots(slot).free(slot)
             if not event.proven:
                 self._discard(slot)
         worker.assigned.clear()
@@ -354,7 +379,7 @@ class Machine:
         verdict = Verdict(Fate.AGAIN)
         if in_hand is not None and (cause is not Cause.MEMORY or (self.allowed == 1 and self._running == 0)):
             verdict = self.blame.died(in_hand, event.case, now, cause, idle_s=idle_s)
-            self._lose(in_hand, now + verdict.in_s)
+            self._lane_of(in_hand).lose(in_hand, now + verdict.in_s)
         self._count_death(worker, now, counts=event.counts and is_evidence, starting=starting)
         memory = self._strength.one_less(Why.MEMORY, now) if cause is Cause.MEMORY else None
         rung = self._next_rung(worker, now)
@@ -424,8 +449,8 @@ class Machine:
         if self.state is not PoolState.RUNNING:
             return
         self.state = final
-        self._lost.clear()
-        self._later.clear()
+        for lane in self._lanes:
+            lane.clear()
         for worker in self._workers:
             if worker.state is not WorkerState.DOWN and worker.condemned_at is None:
                 worker.condemned_at = self._last
@@ -479,63 +504,42 @@ class Machine:
                 self.restarts += worker.incarnation > 0 and not worker.spent
                 self._actions.append(Start(worker.index, worker.incarnation))
 
-    def _lose(self, ticket: int, again_at: float) -> None:
-        """The ticket must be made again; the second time it is named, only the time changes."""
-        if ticket not in self._later and ticket in self._lost:
-            self._lost.remove(ticket)
-            heapq.heapify(self._lost)
-        self._later[ticket] = again_at
-
-    def _assign_lost(self, now: float) -> None:
+    def _assign_lost(self, lane: Lane, now: float) -> None:
         """Lost tickets go to idle workers; behind another ticket only if no replacement is on its way."""
-        for ticket in [ticket for ticket, at in self._later.items() if at <= now]:
-            del self._later[ticket]
-            heapq.heappush(self._lost, ticket)
-        expecting = any(w.state is WorkerState.STARTING and w.condemned_at is None for w in self._workers)
-        while self._lost:
-            worker = self._least_loaded()
+        expecting = any(w.state is WorkerState.STARTING and w.condemned_at is None for w in self._of(lane))
+        while lane.has_lost(now):
+            worker = self._least_loaded(lane)
             if worker is None or (worker.assigned and expecting):
                 return
-            slot = self._free_slot(reserved=0)
-            assert slot is not None, "a lost ticket has a slot kept for it"
-            self._give(worker, heapq.heappop(self._lost), slot, now)
+            self._give(worker, lane, lane.next_lost(), now)
 
-    def _assign_new(self, now: float) -> None:
-        while (worker := self._least_loaded()) is not None:
-            slot = self._free_slot(reserved=len(self._lost) + len(self._later))
-            if slot is None:
-                return
-            self._give(worker, self._next_ticket, slot, now)
-            self._next_ticket += 1
+    def _assign_new(self, lane: Lane, now: float) -> None:
+        while lane.has_new and (worker := self._least_loaded(lane)) is not None:
+            self._give(worker, lane, lane.next_new(), now)
 
-    def _give(self, worker: _Worker, ticket: int, slot: int, now: float) -> None:
-        if not worker.assigned:
-            worker.begins(now)
-        self._slots.fill(slot, worker.index, ticket)
-        worker.assigned.append((ticket, slot))
-        self._actions.append(Produce(worker.index, ticket, slot, self.blame.attempt(ticket)))
-
-    def _least_loaded(self) -> _Worker | None:
-        ready = [
-            w
-            for w in self._workers
-            if w.state is WorkerState.READY
-            and len(w.assigned) < TICKETS_AHEAD
-            and w.condemned_at is None
-            and not w.draining
-        ]
-        return min(ready, key=lambda w: len(w.assigned), default=None)
-
-    def _free_slot(self, *, reserved: int) -> int | None:
-        """A free slot, made if need be, if more than `reserved` are left."""
-        if self._slots.obtainable <= reserved:
-            return None
-        obtained = self._slots.obtain()
-        assert obtained is not None, "there is one"
+    def _give(self, worker: _Worker, lane: Lane, ticket: int, now: float) -> None:
+        obtained = lane.slots.obtain()
+        assert obtained is not None, "there is a slot for a new ticket, and one is kept for a lost one"
         slot, made = obtained
         if made:
             self._actions.append(CreateSlot(slot))
-        return slot
+        if not worker.assigned:
+            worker.begins(now)
+        lane.slots.fill(slot, worker.index, ticket)
+        worker.assigned.append((ticket, slot))
+        self._actions.append(Produce(worker.index, ticket, slot, self.blame.attempt(ticket)))
+
+    def _of(self, lane: Lane) -> list[_Worker]:
+        return self._workers[lane.number :: len(self._lanes)]
+
+    def _least_loaded(self, lane: Lane) -> _Worker | None:
+        ahead = 1 if lane.ordered else TICKETS_AHEAD
+        ready = [
+            w
+            for w in self._of(lane)
+            if w.state is WorkerState.READY and len(w.assigned) < ahead and w.condemned_at is None and not w.draining
+        ]
+        return min(ready, key=lambda w: len(w.assigned), default=None)
 
     def _retire(self, now: float) -> None:
         for worker in self._workers:
@@ -549,12 +553,13 @@ class Machine:
         """Once the pool has ended, let every slot go that nobody holds."""
         if self.state is PoolState.RUNNING:
             return
-        for slot_id, slot in self._slots:
-            if slot.state in (SlotState.FREE, SlotState.READY):
-                self._discard(slot_id)
+        for lane in self._lanes:
+            for slot_id, slot in lane.slots:
+                if slot.state in (SlotState.FREE, SlotState.READY):
+                    self._discard(slot_id)
 
     def _discard(self, slot: int) -> None:
-        self._slots.discard(slot)
+        self._slots(slot).discard(slot)
         self._actions.append(DiscardSlot(slot))
 
     def _backoff_s(self, deaths: int) -> float:
@@ -566,21 +571,22 @@ class Machine:
 
     def validate(self) -> None:
         """Check every cross-invariant; the tests do after each event."""
-        filling = {slot_id for slot_id, slot in self._slots if slot.state is SlotState.FILLING}
+        slots = {slot_id: slot for lane in self._lanes for slot_id, slot in lane.slots}
+        filling = {slot_id for slot_id, slot in slots.items() if slot.state is SlotState.FILLING}
         assigned = [pair for worker in self._workers for pair in worker.assigned]
         assert filling == {slot for _, slot in assigned} and len(filling) == len(assigned), "one owner per slot"
         for worker in self._workers:
             assert len(worker.assigned) <= TICKETS_AHEAD
             assert not worker.assigned or worker.state is WorkerState.READY
             for ticket, slot_id in worker.assigned:
-                slot = self._slots[slot_id]
-                assert (slot.worker, slot.ticket) == (worker.index, ticket)
-        ready = [slot.ticket for _, slot in self._slots if slot.state is SlotState.READY]
-        lost = [*self._lost, *self._later]
+                assert (slots[slot_id].worker, slots[slot_id].ticket) == (worker.index, ticket)
+                assert worker in self._of(self._lane_of(ticket)), "each in its lane"
+        ready = [slot.ticket for slot in slots.values() if slot.state is SlotState.READY]
+        lost = [ticket for lane in self._lanes for ticket in lane.lost]
         alive = [ticket for ticket, _ in assigned] + [t for t in ready if t is not None] + lost
         assert len(alive) == len(set(alive)), "a ticket is in one place"
-        assert all(ticket < self._next_ticket for ticket in alive)
-        assert len(self._slots) <= self.limits.slots, "memory is bounded"
+        assert all(self._lane_of(ticket).issued(ticket) for ticket in alive)
+        assert len(slots) <= self.limits.slots, "memory is bounded"
         if self.state is PoolState.RUNNING:
-            assert len(lost) <= self._slots.obtainable, "a lost ticket has a slot kept for it"
+            assert all(len(lane.lost) <= lane.slots.obtainable for lane in self._lanes), "a slot is kept for each"
             assert 1 <= self.allowed <= self.limits.workers

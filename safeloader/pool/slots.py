@@ -33,12 +33,12 @@ class Slot:
 
 
 class Slots:
-    """All slots of a pool, at most `limit` at a time; ids are never used again."""
+    """The slots of a lane, at most `limit` at a time; no id (`first`, `first` + `step`, …) is ever used again."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, first: int = 0, step: int = 1) -> None:
         self._limit = limit
         self._slots: dict[int, Slot] = {}
-        self._made = 0
+        self._next, self._step = first, step
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -65,7 +65,7 @@ class Slots:
             return free[-1], False
         if len(self._slots) >= self._limit:
             return None
-        slot_id, self._made = self._made, self._made + 1
+        slot_id, self._next = self._next, self._next + self._step
         self._slots[slot_id] = Slot()
         return slot_id, True
 

@@ -34,6 +34,7 @@ class StrengthLimits:
         max_restarts: deaths allowed in `window_s` without a batch in between.
         grow_back_s: quiet time after which one worker more is tried.
         other_method: whether there is another kind of nursery to try.
+        all_or_none: each worker has work that no other can do, so it can't go on with fewer.
     """
 
     workers: int
@@ -42,6 +43,7 @@ class StrengthLimits:
     window_s: float
     grow_back_s: float
     other_method: bool
+    all_or_none: bool = False
 
 
 class Strength:
@@ -100,7 +102,7 @@ class Strength:
         else:
             return None
         self._start_afresh()
-        if self.allowed > 1:
+        if self._may_shrink:
             return self._resize(1, why, now)
         if self._other_method:
             self._other_method = False
@@ -108,8 +110,8 @@ class Strength:
         return GiveUp(why, deaths)
 
     def one_less(self, why: Why, now: float) -> Resize | None:
-        """Go on with one worker less, if there is more than one."""
-        return self._resize(self.allowed - 1, why, now) if self.allowed > 1 else None
+        """Go on with one worker less, if there is more than one, and they can do without it."""
+        return self._resize(self.allowed - 1, why, now) if self._may_shrink else None
 
     def grow(self, now: float) -> Resize | None:
         """One worker more, if it is time."""
@@ -126,6 +128,10 @@ class Strength:
         if self._grow_at == math.inf or self._most <= self.allowed:
             self.allowed, self._grow_at = self._most, math.inf
         return Resize(self.allowed, before, Why.MEMORY) if self.allowed != before else None
+
+    @property
+    def _may_shrink(self) -> bool:
+        return self.allowed > 1 and not self._limits.all_or_none
 
     @property
     def _quiet_s(self) -> float:

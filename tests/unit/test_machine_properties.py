@@ -70,6 +70,7 @@ class World(RuleBasedStateMachine):
         max_restarts=st.sampled_from([3, 10_000]),
         begin_with_one=st.booleans(),
         other_method=st.booleans(),
+        own_lanes=st.sampled_from([False, False, True]),
         grow_back_s=st.sampled_from([5.0, 600.0]),
         hang=st.sampled_from(
             [
@@ -97,12 +98,14 @@ class World(RuleBasedStateMachine):
         max_restarts: int,
         begin_with_one: bool,
         other_method: bool,
+        own_lanes: bool,
         grow_back_s: float,
         hang: HangLimits,
         policy: Policy,
         cases: int | None,
         quarantined: tuple[str, ...],
     ) -> None:
+        begin_with_one = begin_with_one and not own_lanes
         self.limits = Limits(
             workers,
             num_cached,
@@ -113,6 +116,7 @@ class World(RuleBasedStateMachine):
             begin_with=1 if begin_with_one else None,
             grow_back_s=grow_back_s,
             other_method=other_method,
+            own_lanes=own_lanes,
             hang=hang,
             policy=policy,
         )
@@ -128,7 +132,9 @@ class World(RuleBasedStateMachine):
         self.delivered: dict[int, int] = {}  # ticket: slot, not taken yet
         self.raised: set[int] = set()  # tickets among them that are exceptions
         self.leased: set[int] = set()
-        self.next_ticket = 0
+        self.next_tickets = list(range(self.limits.lanes))  # of each lane
+        self.turn = 0
+        self.taken = 0
         self.not_before: dict[int, float] = {}  # ticket
         self.attempts: Counter[int] = Counter()
         self.wrongs: Counter[str] = Counter()  # of a case since its last success
@@ -195,7 +201,7 @@ class World(RuleBasedStateMachine):
             case events.Produce():
                 self.produce(action)
             case events.Deliver(ticket, slot, failed):
-                assert ticket not in self.delivered and ticket >= self.next_ticket, "exactly once"
+                assert ticket not in self.delivered and self.is_to_come(ticket), "exactly once"
                 self.filling.pop(slot)
                 self.delivered[ticket] = slot
                 if failed:
@@ -203,6 +209,9 @@ class World(RuleBasedStateMachine):
             case _:
                 self.record(action)
         return []
+
+    def is_to_come(self, ticket: int) -> bool:
+        return ticket >= self.next_tickets[ticket % self.limits.lanes]
 
     def start(self, action: events.Start) -> None:
         worker = action.worker
@@ -216,13 +225,17 @@ class World(RuleBasedStateMachine):
     def produce(self, action: events.Produce) -> None:
         fake = self.alive[action.worker]
         assert not self.ended
-        assert fake.ready and len(fake.queue) < 2
+        assert fake.ready and len(fake.queue) < (1 if self.limits.own_lanes else 2)
         assert fake.condemned is None and not fake.grown and not fake.retiring, "it is about to leave"
         slot, ticket = action.slot, action.ticket
         assert slot in self.slots and slot not in self.filling and slot not in self.leased
         assert slot not in self.delivered.values(), "a READY slot is not written"
         assert slot not in self.unproven, "nobody else may still write there"
-        assert ticket >= self.next_ticket and ticket not in self.delivered, "never made twice"
+        assert self.is_to_come(ticket) and ticket not in self.delivered, "never made twice"
+        if self.limits.own_lanes:
+            assert ticket % self.limits.lanes == action.worker, "each in its lane"
+            made = sum(t % self.limits.lanes == action.worker for t in self.delivered)
+            assert ticket == self.next_tickets[action.worker] + made * self.limits.lanes, "one after the other"
         assert ticket not in {t for _, t in self.filling.values()}, "in one place at a time"
         assert self.now >= self.not_before.pop(ticket, 0.0), "its time has not come"
         assert action.attempt >= self.attempts[ticket], "a draw that was given up stays so"
@@ -292,22 +305,28 @@ class World(RuleBasedStateMachine):
                 assert self.in_outage != bool(cases), "one ends before the next begins"
                 self.in_outage = bool(cases)
             case events.Resize(workers, before, why):
+                assert not self.limits.own_lanes, "nobody else can do a worker's part"
                 assert before == self.allowed != workers and 1 <= workers <= self.limits.workers
                 assert why is not Why.QUIET or workers == before + 1 <= self.most
                 assert why not in (Why.DEATHS, Why.STARTS) or workers < before
                 self.allowed = workers
             case events.SwitchMethod():
-                assert self.limits.other_method and not self.switched and self.allowed == 1
+                assert self.limits.other_method and not self.switched and self.allowed == self.least
                 self.switched = True
             case events.GiveUp(why, case=case):
                 assert not self.ended
                 self.ended = True
                 self.it_gives_up_for_a_reason(why, case)
 
+    @property
+    def least(self) -> int:
+        """Workers below which it does not go."""
+        return self.limits.workers if self.limits.own_lanes else 1
+
     def it_gives_up_for_a_reason(self, why: Why, case: str | None) -> None:
         policy = self.limits.policy.on_bad_case
         if why in (Why.DEATHS, Why.STARTS):
-            assert self.deaths > 3 and self.allowed == 1 and self.switched == self.limits.other_method
+            assert self.deaths > 3 and self.allowed == self.least and self.switched == self.limits.other_method
         elif why is Why.OUTAGE:
             assert self.in_outage
         elif why is Why.BAD_CASE:
@@ -453,6 +472,7 @@ class World(RuleBasedStateMachine):
             fake.grown = fake.grown or fake.ready
             self.feed(events.Grown(worker, fake.incarnation))
 
+    @precondition(lambda self: not self.limits.own_lanes)
     @rule(workers=st.integers(0, 6))
     def memory_is_measured(self, workers: int) -> None:
         self.most = max(1, min(workers, self.limits.workers))
@@ -476,12 +496,15 @@ class World(RuleBasedStateMachine):
 
     @rule()
     def the_consumer_takes(self) -> None:
-        ticket = self.next_ticket
+        """Of each lane in turn."""
+        ticket = self.next_tickets[self.turn]
         if ticket in self.delivered and len(self.leased) < self.limits.max_leases:
             slot = self.delivered.pop(ticket)
             if slot in self.slots:
                 self.leased.add(slot)
-            self.next_ticket += 1
+            self.next_tickets[self.turn] += self.limits.lanes
+            self.turn = (self.turn + 1) % self.limits.lanes
+            self.taken += 1
             self.feed(events.Taken(ticket))
             if ticket in self.raised and not self.ended:
                 self.ended = True
@@ -580,9 +603,9 @@ class World(RuleBasedStateMachine):
         """Whatever happened: from here on nobody fails, and then every ticket comes; or everything ends."""
         if not hasattr(self, "machine") or sys.exc_info()[0] is not None:
             return
-        goal = self.next_ticket + 10
+        goal = self.taken + 10
         for _ in range(200):
-            if self.ended or self.next_ticket >= goal:
+            if self.ended or self.taken >= goal:
                 break
             self.now += 5.0
             for fake in self.alive.values():
