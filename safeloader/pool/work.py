@@ -7,9 +7,11 @@ which the clean nursery loads them. What can't be pickled, or is too large, reac
 from __future__ import annotations
 
 import pickle
+import types
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle
 import numpy as np
@@ -25,12 +27,35 @@ class Work:
     transform: Callable[..., Any] | None
 
 
+@dataclass(frozen=True)
+class EpochEnd:
+    """Stands in a finite loader's stream where an epoch has come to its end."""
+
+
 class WorkTooLargeError(RuntimeError):
     """The pickle exceeds the limit."""
 
 
 class WorkNotPicklableError(RuntimeError):
     """Pickling raised; the message is in one line."""
+
+
+def _reduce_code(code: types.CodeType) -> tuple[Any, ...]:
+    make, arguments = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
+    return _code_of_file, (make, arguments, code.co_filename)
+
+
+def _code_of_file(make: Callable[..., types.CodeType], arguments: tuple[Any, ...], file: str) -> types.CodeType:
+    return make(*arguments).replace(co_filename=file)
+
+
+class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no types
+    """Code of the user's script by value, with the name of its file: cloudpickle leaves that out from 3.1.3 on.
+
+    Without it a worker's traceback would not show a single line of the user's code.
+    """
+
+    dispatch_table: ClassVar[Any] = ChainMap({types.CodeType: _reduce_code}, cloudpickle.Pickler.dispatch_table)
 
 
 class _Bounded:
@@ -62,7 +87,7 @@ def pack(work: Work, limit_nbytes: int) -> tuple[MemoryFile, int]:
     """
     out = _Bounded(limit_nbytes)
     try:
-        cloudpickle.Pickler(out, protocol=5).dump(work)
+        ByValuePickler(out, protocol=5).dump(work)
     except WorkTooLargeError:
         raise
     except Exception as error:
