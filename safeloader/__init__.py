@@ -9,17 +9,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from safeloader.augmenter import SafeAugmenter
+    from safeloader.augmenter import SafeAugmenter, SafeMultiThreadedAugmenter
     from safeloader.faults.incident import Incident
     from safeloader.pool.cases import note_case
     from safeloader.report.stats import Report, WorkerInfo
 
-__all__ = ["Incident", "Report", "SafeAugmenter", "WorkerInfo", "note_case"]
+__all__ = ["Incident", "Report", "SafeAugmenter", "SafeMultiThreadedAugmenter", "WorkerInfo", "note_case"]
 
 _HOME = {
     "Incident": "safeloader.faults.incident",
     "Report": "safeloader.report.stats",
     "SafeAugmenter": "safeloader.augmenter",
+    "SafeMultiThreadedAugmenter": "safeloader.augmenter",
     "WorkerInfo": "safeloader.report.stats",
     "note_case": "safeloader.pool.cases",
 }

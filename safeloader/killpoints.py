@@ -30,6 +30,8 @@ STEPS: Final = (
     "worker.step.grown",
     "worker.step.copied",
     "worker.step.encoded",
+    "worker.step.keeping",
+    "worker.step.kept",
     "trainer.step.spawned",
     "trainer.step.forked",
     "trainer.step.taken",

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from batchgenerators.dataloading.data_loader import DataLoader
 
 
 class RandomLoader:
@@ -37,6 +38,23 @@ class RandomLoader:
             "draw": random.random(),
             "keys": [f"case_{np.random.randint(100):03d}" for _ in range(2)],
         }
+
+
+class Shuffled(DataLoader):  # type: ignore[misc]  # upstream has no types
+    """A finite loader of batchgenerators' kind: `size` cases in batches of two, shuffled anew in every epoch.
+
+    A batch shows its cases, what NumPy draws, and how often this copy of the loader was asked.
+    """
+
+    def __init__(self, size: int, workers: int, *, seed: int | None = 1, infinite: bool = False) -> None:
+        super().__init__(list(range(size)), 2, workers, seed, return_incomplete=True, infinite=infinite)
+        self.indices = [f"case_{number:03d}" for number in range(size)]
+        self.asked = 0
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        cases = self.get_indices()
+        self.asked += 1
+        return {"cases": [str(case) for case in cases], "noise": np.random.rand(3).tolist(), "asked": self.asked}
 
 
 def fingerprint(batch: dict[str, Any]) -> tuple[bytes, bytes, float, tuple[str, ...]]:

@@ -13,6 +13,9 @@ ticket is drawn anew to find out. A success of a case takes its strikes back, an
 twice as many with exceptions that are not about reading. So what strikes all cases alike quarantines nothing, and
 neither does an exception that hangs on the random numbers.
 
+Where each worker has a lane of its own, nothing else can be tried while a ticket fails, so that others have worked
+before is enough for a strike to count; but while storage does not answer, that is waited for, and strikes nobody.
+
 A subject is a case, or a ticket of which nobody knows the case. A ticket can't be quarantined: it is drawn anew after
 two deaths, and an exception that comes again is raised.
 """
@@ -124,8 +127,9 @@ class Blame:
         outage_since: when the present outage began, or None.
     """
 
-    def __init__(self, policy: Policy, quarantined: Iterable[str] = ()) -> None:
+    def __init__(self, policy: Policy, quarantined: Iterable[str] = (), *, ordered: bool = False) -> None:
         self._policy = policy
+        self._ordered = ordered  # a ticket waits for the one before it
         self.quarantined: dict[str, None] = dict.fromkeys(quarantined)
         self.outage_since: float | None = None
         self._outage_known = 0.0  # when it was seen to be one
@@ -252,6 +256,10 @@ class Blame:
         outage = self._outage(now) if self._successes else None
         if outage is not None:
             return outage
+        if self._ordered and self._successes and not trouble.broken and trouble.tries % READ_TRIES == 0:
+            outage = self._outage(now, least=1)
+            if outage is not None:
+                return outage
         counts = trouble.tries % READ_TRIES != 0 or self._strike(trouble, now, since=trouble.since)
         if not counts:
             return self._undecided(ticket, trouble, now, dead=False)
@@ -279,7 +287,8 @@ class Blame:
         # What was read before the storage failed may be made afterwards.
         worked = self._latest_begun if trouble.reading else self._last_success
         first = trouble.strikes == 0
-        counts = first or worked >= trouble.struck or self._policy.on_bad_case is not OnBadCase.QUARANTINE
+        decided = self._policy.on_bad_case is not OnBadCase.QUARANTINE or (self._ordered and self._successes > 0)
+        counts = first or worked >= trouble.struck or decided
         trouble.strikes += counts
         trouble.struck = since if first else now
         return counts

@@ -29,6 +29,10 @@ class Cases:
 
     Args:
         enter: called with the stage and the cases in hand whenever that changes.
+
+    Attributes:
+        watched: names of the loader's attributes that were wrapped.
+        transforms: the loader's own `transforms`, if they were.
     """
 
     _current: Cases | None = None  # of this process: what `note_case` speaks to
@@ -39,6 +43,8 @@ class Cases:
         self._batch: list[str] = []
         self._in_hand: str | None = None
         self._can_pass_over = True
+        self.watched: set[str] = set()
+        self.transforms: Callable[..., Any] | None = None
 
     def attach(self, loader: Any) -> int | None:
         """Watch a loader from here on; returns how many cases it draws from, or None if that is not known."""
@@ -51,9 +57,12 @@ class Cases:
             return None
         with contextlib.suppress(AttributeError):  # a loader with __slots__ is not watched
             loader.get_indices = functools.partial(self._get_indices, get_indices)
+            self.watched.add("get_indices")
             transforms = getattr(loader, "transforms", None)
             if callable(transforms):
-                loader.transforms = functools.partial(self._transform, transforms)
+                self.transforms = transforms
+                loader.transforms = self._transform
+                self.watched.add("transforms")
             dataset = getattr(loader, "_data", None)
             load_case = getattr(dataset, "load_case", None)
             if dataset is not None and callable(load_case):
@@ -107,10 +116,11 @@ class Cases:
         self._enter(Stage.LOADING, (self._in_hand,))
         return original(identifier, *args, **kwargs)
 
-    def _transform(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _transform(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.transforms is not None
         in_hand = self.batch if self._in_hand is None else (self._in_hand,)
         self._enter(Stage.TRANSFORMING, in_hand)
-        transformed = original(*args, **kwargs)
+        transformed = self.transforms(*args, **kwargs)
         self._enter(Stage.LOADING, in_hand)
         return transformed
 

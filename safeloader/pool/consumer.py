@@ -20,6 +20,7 @@ from typing import Any
 from safeloader import killpoints
 from safeloader.pool import events
 from safeloader.pool.failure import FailureRecord, to_error
+from safeloader.pool.work import EpochEnd
 from safeloader.ring import codec
 from safeloader.ring.lease import Lease, lease
 
@@ -45,17 +46,18 @@ class Consumer:
     """Batches of one pool on their way to the training loop.
 
     A signal (Ctrl-C in a notebook) may interrupt `take` anywhere: the supervisor never waits for a lock that the
-    training thread takes, and until `next_ticket` moves on nothing has happened, so the next call starts afresh.
+    training thread takes, and until the lane's next ticket moves on nothing has
+    happened, so the next call starts afresh.
 
     Attributes:
-        next_ticket: the first ticket that was not delivered yet.
         wait_s: how long `take` has waited, in seconds, all in all.
         post: tells the machine what was taken. wake: has `released` asked. describe: says who has a ticket. All three
             are set before the first `put`.
     """
 
-    def __init__(self, name: str, first_ticket: int, max_leases: int, *, slow_s: float) -> None:
-        self.next_ticket = first_ticket
+    def __init__(self, name: str, first_ticket: int, max_leases: int, *, slow_s: float, lanes: int = 1) -> None:
+        self._next = [first_ticket + lane for lane in range(lanes)]  # tickets, by lane
+        self._ends = 0  # how many of those taken were ends of epochs
         self.wait_s = 0.0
         self.post: Callable[[events.Event], None] = _nowhere
         self.wake: Callable[[], None] = _not_open
@@ -89,7 +91,14 @@ class Consumer:
     @property
     def batches(self) -> int:
         """How many batches were delivered: a ticket that ended in an exception was raised instead."""
-        return self.next_ticket - self._first_ticket - (self._failure is not None)
+        lanes = len(self._next)
+        taken = sum((ticket - self._first_ticket) // lanes for ticket in self._next)
+        return taken - self._ends - (self._failure is not None)
+
+    @property
+    def next_ticket(self) -> int:
+        """The first ticket that was not delivered yet."""
+        return min(self._next)
 
     @property
     def ready(self) -> int:
@@ -119,8 +128,8 @@ class Consumer:
 
     # ---- the training thread ----
 
-    def take(self) -> Any:
-        """The next ticket's batch; waits for it.
+    def take(self, lane: int = 0) -> Any:
+        """The batch of the lane's next ticket; waits for it.
 
         Raises:
             SafeLoaderError: the stream has ended; each further call raises the same.
@@ -128,8 +137,8 @@ class Consumer:
         with self._turn:
             if self._failure is not None:  # whatever is ready comes after it
                 raise self._failure.with_traceback(None)
-            ticket = self.next_ticket
-            self._ready.pop(ticket - 1, None)  # still there only if an interrupt came just then
+            ticket = self._next[lane]
+            self._ready.pop(ticket - len(self._next), None)  # still there only if an interrupt came just then
             ready = self._wait_for(ticket)
             taken = sum(held() is not None for held in list(self._leases.values())) - len(self._ready)
             hoarding = taken >= self._max_leases
@@ -137,13 +146,14 @@ class Consumer:
             killpoints.reach("trainer.step.decoded")
             self.post(events.Taken(ticket))  # again after an interrupt: the machine ignores the second
             killpoints.reach("trainer.step.taken")
-            self.next_ticket = ticket + 1
+            self._next[lane] = ticket + len(self._next)
             self._ready.pop(ticket, None)
             if ready.failed:
                 assert isinstance(batch, FailureRecord)
                 self._failure = to_error(batch, ticket, self._name)
                 self.post(events.Close(failed=True))
                 raise self._failure
+            self._ends += isinstance(batch, EpochEnd)
             return batch
 
     def _wait_for(self, ticket: int) -> _ReadyBatch:

@@ -107,6 +107,13 @@ class ForkRequest:
     channel: wire.Channel
     page_fd: int
     stderr_fd: int
+    bookmark_fd: int | None = None
+
+    @property
+    def fds(self) -> list[int]:
+        """What goes with the order."""
+        bookmark = [] if self.bookmark_fd is None else [self.bookmark_fd]
+        return [self.channel.fileno(), self.page_fd, self.stderr_fd, *bookmark]
 
     def close(self) -> None:
         """Let go of what is the worker's."""
@@ -221,7 +228,7 @@ class Nursery:
             return
         request = self._queue.popleft()
         try:
-            self.channel.send(request.order, [request.channel.fileno(), request.page_fd, request.stderr_fd])
+            self.channel.send(request.order, request.fds)
         finally:
             request.close()
 

@@ -190,7 +190,7 @@ class Machine:
         self.limits = limits
         self.state = PoolState.RUNNING
         self.restarts = 0
-        self.blame = Blame(limits.policy, quarantined)
+        self.blame = Blame(limits.policy, quarantined, ordered=limits.own_lanes)
         self._strength = Strength(limits.strength)
         self._patience = Patience(limits.hang)
         self._lanes = [

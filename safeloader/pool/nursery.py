@@ -29,6 +29,7 @@ from safeloader.pool import process, relay, wire, worker
 from safeloader.pool.failure import describe, format_remote
 from safeloader.pool.seeding import seed_everything
 from safeloader.pool.work import Work, unpack
+from safeloader.ring.bookmark import Bookmark
 from safeloader.ring.memfile import MemoryFile
 from safeloader.ring.status_page import StatusPage
 
@@ -107,7 +108,7 @@ class _Nursery:
             case wire.Unload(pool):
                 self._works.pop(pool, None)
             case wire.Fork():
-                self._fork(message, wire.Channel.from_fd(fds[0]), MemoryFile(fds[1]), stderr_fd=fds[2])
+                self._fork(message, fds)
             case wire.Kill(pool, index, incarnation, stacks):
                 for pid, order in self._orders.items():
                     if (order.pool, order.worker, order.incarnation) == (pool, index, incarnation):
@@ -146,7 +147,8 @@ class _Nursery:
             return None
         return max(0.0, min(self._condemned.values()) - time.monotonic()) * 1000
 
-    def _fork(self, order: wire.Fork, channel: wire.Channel, page_file: MemoryFile, *, stderr_fd: int) -> None:
+    def _fork(self, order: wire.Fork, fds: list[int]) -> None:
+        channel_fd, page_fd, stderr_fd, *bookmark_fd = fds
         # Objects that are here now will live as long as the worker: a collection that visits them would only copy
         # their pages.
         gc.collect()
@@ -158,16 +160,17 @@ class _Nursery:
         else:
             if pid == 0:
                 relay.adopt(stderr_fd)
-                self._become_worker(order, channel, page_file)
+                self._become_worker(order, channel_fd, page_fd, *bookmark_fd)
             killpoints.reach("nursery.step.forked")
             self._orders[pid] = order
             self._channel.send(wire.Forked(order.pool, order.worker, order.incarnation, pid))
         finally:
-            channel.close()
-            page_file.close()
-            os.close(stderr_fd)
+            for fd in fds:
+                os.close(fd)
 
-    def _become_worker(self, order: wire.Fork, channel: wire.Channel, page_file: MemoryFile) -> NoReturn:
+    def _become_worker(
+        self, order: wire.Fork, channel_fd: int, page_fd: int, bookmark_fd: int | None = None
+    ) -> NoReturn:
         """In the child: let go of what is the nursery's, and never come back."""
         status = 1
         try:
@@ -175,8 +178,15 @@ class _Nursery:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for end in (self._child_ended, self._wake, self._channel):
                 end.close()
-            work, page = self._works[order.pool], StatusPage(page_file)
-            worker.main(order, work, channel, page, nursery_pid=self._pid, by_value=self._by_value)
+            worker.main(
+                order,
+                self._works[order.pool],
+                wire.Channel.from_fd(channel_fd),
+                StatusPage(MemoryFile(page_fd)),
+                None if bookmark_fd is None else Bookmark(MemoryFile(bookmark_fd)),
+                nursery_pid=self._pid,
+                by_value=self._by_value,
+            )
         except BaseException:  # noqa: BLE001 - nothing may unwind into the nursery's frames
             sys.excepthook(*sys.exc_info())
         finally:

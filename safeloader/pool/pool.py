@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Protocol
 
 from safeloader import killpoints
@@ -37,6 +37,7 @@ from safeloader.pool.work import Work
 from safeloader.report.errand import Errand
 from safeloader.report.stats import WorkerInfo
 from safeloader.ring import codec
+from safeloader.ring.bookmark import Bookmark
 from safeloader.ring.memfile import MemoryFile
 from safeloader.ring.status_page import StatusPage
 
@@ -98,6 +99,7 @@ class Pool:
         memory_watch: MemoryWatch,
         oom_watch: OomWatch,
         quarantined: Iterable[str] = (),
+        numpy_seeds: Sequence[int | None] = (),
     ) -> None:
         self.number = number
         self.options = options
@@ -124,6 +126,8 @@ class Pool:
         self._failed_starts = 0  # with an exception
         self._host: Host | None = None
         self._slots: dict[int, MemoryFile] = {}
+        self._numpy_seeds = tuple(numpy_seeds)
+        self._bookmarks: dict[int, Bookmark] = {}  # by worker, in lanes of their own
         self._cwd: str | None = None
         with contextlib.suppress(FileNotFoundError):
             self._cwd = os.getcwd()
@@ -246,6 +250,9 @@ class Pool:
             for slot in self._slots.values():
                 slot.close()
             self._slots.clear()
+            for bookmark in self._bookmarks.values():
+                bookmark.close()
+            self._bookmarks.clear()
             if self.packed is not None:
                 self.packed[0].close()
         self.book.close()  # without the lock: it may wait for a moment
@@ -339,6 +346,7 @@ class Pool:
         previous = self.lives.pop(worker, None)
         if previous is not None:
             self._bury(previous)
+        course, bookmark_fd = self._take_up(worker)
         page = StatusPage.create()
         try:
             ours, theirs = wire.Channel.pair()
@@ -357,9 +365,20 @@ class Pool:
             cwd=self._cwd,
             seed=self.seed,
             stream=self.options.stream,
+            course=course,
         )
         self._the_host.watch(life)
-        self._the_host.request_worker(life, ForkRequest(order, theirs, life.page.fd, stderr_fd))
+        self._the_host.request_worker(life, ForkRequest(order, theirs, life.page.fd, stderr_fd, bookmark_fd))
+
+    def _take_up(self, worker: int) -> tuple[wire.Course | None, int | None]:
+        """For a worker with a lane of its own: where the one before it has left off."""
+        if not self.machine.limits.own_lanes:
+            return None, None
+        previous = self._bookmarks.get(worker)
+        self._bookmarks[worker] = Bookmark.create(previous)
+        if previous is not None:
+            previous.close()
+        return wire.Course(self.machine.limits.lanes, self._numpy_seeds[worker]), self._bookmarks[worker].fd
 
     def _stop(self, worker: int, incarnation: int) -> list[events.Event]:
         life = self._life(worker, incarnation)

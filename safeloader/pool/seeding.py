@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,3 +36,16 @@ def seed_everything(root: int, stream: int, ticket: int, attempt: int = 0) -> No
     random.seed(int.from_bytes(words[4:6].tobytes(), "little"))
     # Not torch.manual_seed: it also queues a seeding of CUDA, which a worker never touches.
     torch.default_generator.manual_seed(int.from_bytes(words[6:8].tobytes(), "little"))
+
+
+def drawn_so_far() -> tuple[Any, ...]:
+    """The state of the generators that `seed_everything` seeds, for `draw_on`."""
+    return random.getstate(), np.random.get_state(), torch.default_generator.get_state().numpy()
+
+
+def draw_on(state: tuple[Any, ...]) -> None:
+    """Have them go on from that state."""
+    of_random, of_numpy, of_torch = state
+    random.setstate(of_random)
+    np.random.set_state(of_numpy)
+    torch.default_generator.set_state(torch.from_numpy(of_torch))

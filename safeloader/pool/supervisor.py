@@ -22,7 +22,7 @@ import selectors
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from safeloader.config import Options, StartMethod
@@ -188,6 +188,7 @@ def open_pool(
     num_cached: int,
     first_ticket: int,
     quarantined: Iterable[str] = (),
+    numpy_seeds: Sequence[int | None] | None = None,
 ) -> tuple[Supervisor, Pool]:
     """Start a pool.
 
@@ -199,6 +200,7 @@ def open_pool(
         num_cached: batches kept ready beyond those in work.
         first_ticket: where in the stream to begin.
         quarantined: cases that are not drawn, beyond those that `options.folder` remembers.
+        numpy_seeds: given for a loader that goes on from batch to batch: each worker's, in a lane of its own.
 
     Raises:
         ConfigError: `start_method="clean"`, and the loader can't be pickled.
@@ -225,8 +227,9 @@ def open_pool(
         window_s=options.restart_window_s,
         backoff_first_s=options.backoff_first_s,
         backoff_max_s=options.backoff_max_s,
-        begin_with=memory_watch.begin_with(),
+        begin_with=memory_watch.begin_with() if numpy_seeds is None else None,
         grow_back_s=options.grow_back_s,
+        own_lanes=numpy_seeds is not None,
         other_method=packed is not None and options.start_method is StartMethod.AUTO,
         hang=HangLimits(
             options.hang_timeout_s,
@@ -236,7 +239,9 @@ def open_pool(
         policy=Policy(options.on_bad_case, outage_s=options.outage_timeout_s),
     )
     with Supervisor.hold() as supervisor:
-        consumer = Consumer(options.name, first_ticket, limits.max_leases, slow_s=options.slow_warning_s)
+        consumer = Consumer(
+            options.name, first_ticket, limits.max_leases, slow_s=options.slow_warning_s, lanes=limits.lanes
+        )
         pool = Pool(
             next(Supervisor._numbers),
             options,
@@ -248,6 +253,7 @@ def open_pool(
             memory_watch=memory_watch,
             oom_watch=supervisor.oom_watch,
             quarantined=quarantined,
+            numpy_seeds=numpy_seeds or (),
         )
         consumer.describe = pool.waiting_for
         consumer.post = lambda event: supervisor.mailbox.post(lambda: pool.step(event))

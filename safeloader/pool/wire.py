@@ -28,7 +28,7 @@ MAX_PACKET_NBYTES: Final = 96 * 1024
 MAX_TEXT_CHARS: Final = 16 * 1024
 """Longest text in a packet (up to 4 bytes a character in UTF-8)."""
 _FDS_NBYTES: Final = socket.CMSG_SPACE(4 * array.array("i").itemsize)
-"""Room for the descriptors of one packet; none has more than three."""
+"""Room for the descriptors of one packet; none has more than four."""
 
 
 class Message:
@@ -51,8 +51,24 @@ class Unload(Message):
 
 
 @dataclass(frozen=True)
+class Course:
+    """For a worker whose loader goes on from batch to batch, in a lane of its own.
+
+    Attributes:
+        lanes: how many there are; the worker's tickets are so far apart.
+        numpy_seed: what `numpy.random` begins with, as with the stock class; None follows from the root seed.
+    """
+
+    lanes: int
+    numpy_seed: int | None
+
+
+@dataclass(frozen=True)
 class Fork(Message):
-    """Trainer → nursery: make a worker. Fds: the worker's end of its socket, its status page, its stderr."""
+    """Trainer → nursery: make a worker.
+
+    Fds: the worker's end of its socket, its status page, its stderr, and with `course` its bookmark.
+    """
 
     pool: int
     worker: int
@@ -61,6 +77,7 @@ class Fork(Message):
     cwd: str | None
     seed: int
     stream: int
+    course: Course | None = None
 
 
 @dataclass(frozen=True)

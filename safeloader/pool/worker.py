@@ -22,10 +22,12 @@ from safeloader.faults.exits import ExitCode
 from safeloader.faults.storage import place, read_failure
 from safeloader.pool import process, wire
 from safeloader.pool.cases import Cases, PassOver
+from safeloader.pool.course import Course
 from safeloader.pool.failure import FailureRecord, describe, format_remote, pickle_exception
 from safeloader.pool.seeding import seed_everything
-from safeloader.pool.work import Work
+from safeloader.pool.work import EpochEnd, Work
 from safeloader.ring import codec
+from safeloader.ring.bookmark import Bookmark
 from safeloader.ring.memfile import MemoryFile
 from safeloader.ring.status_page import Stage, StatusPage
 
@@ -34,7 +36,14 @@ _MAX_DRAWS: Final = 1000
 
 
 def main(
-    order: wire.Fork, work: Work, channel: wire.Channel, page: StatusPage, *, nursery_pid: int, by_value: bool
+    order: wire.Fork,
+    work: Work,
+    channel: wire.Channel,
+    page: StatusPage,
+    bookmark: Bookmark | None,
+    *,
+    nursery_pid: int,
+    by_value: bool,
 ) -> NoReturn:
     """Run a worker in a process that was just forked, until the trainer or the nursery is gone."""
     process.die_with(nursery_pid)
@@ -45,14 +54,21 @@ def main(
     killpoints.enter("worker", first_life=order.worker == 0 and order.incarnation == 0)
     killpoints.reach("worker.step.started")
     try:
-        _Worker(order, work, channel, page, by_value=by_value).run()
+        _Worker(order, work, channel, page, bookmark, by_value=by_value).run()
     except wire.ChannelClosedError:
         os._exit(ExitCode.CHANNEL_LOST)
 
 
 class _Worker:
     def __init__(
-        self, order: wire.Fork, work: Work, channel: wire.Channel, page: StatusPage, *, by_value: bool
+        self,
+        order: wire.Fork,
+        work: Work,
+        channel: wire.Channel,
+        page: StatusPage,
+        bookmark: Bookmark | None,
+        *,
+        by_value: bool,
     ) -> None:
         self._order = order
         self._work = work
@@ -65,6 +81,9 @@ class _Worker:
         self._ticket: int | None = None
         self._in_hand: tuple[str, ...] = ()
         self._cases = Cases(self._touch)
+        self._course: Course | None = None
+        if bookmark is not None:
+            self._course = Course(order, work, self._cases, bookmark, lambda: self._touch(Stage.LOADING))
 
     def run(self) -> NoReturn:
         self._channel.send(wire.Ready(self._start()))
@@ -99,7 +118,10 @@ class _Worker:
         try:
             if hasattr(self._work.loader, "set_thread_id"):
                 self._work.loader.set_thread_id(self._order.worker)
-            return self._cases.attach(self._work.loader)
+            cases = self._cases.attach(self._work.loader)
+            if self._course is not None:
+                self._course.begin()
+            return cases
         except BaseException as error:  # noqa: BLE001 - the worker's outermost boundary: the trainer raises it
             kind, text = describe(error)
             self._channel.send(wire.StartFailed(f"{kind}: {text}", format_remote(error)))
@@ -114,10 +136,16 @@ class _Worker:
         batch: Any = None
         self._ticket = ticket
         try:
+            if self._course is not None:
+                self._touch(Stage.LOADING)
+                if not self._course.go_to(ticket, attempt):
+                    os._exit(ExitCode.SPENT)
             batch = self._make(attempt)
             self._touch(Stage.ENCODING, self._cases.batch)
             codec.encode(batch, self._slots[slot], ticket, by_value=self._by_value)
             killpoints.reach("worker.step.encoded")
+            if self._course is not None:
+                self._course.made()
             done: wire.Message = wire.Done(ticket, slot, self._cases.batch)
         except BaseException as error:  # noqa: BLE001 - the worker's outermost boundary: the trainer raises it
             record = self._record(error, batch)
@@ -137,15 +165,18 @@ class _Worker:
         batch = self._load(attempt)
         killpoints.reach("worker.step.loaded")
         self._cases.made(batch)
-        if self._work.transform is not None:
+        transform = self._work.transform if self._course is None else self._course.transform
+        if transform is not None and not isinstance(batch, EpochEnd):
             self._touch(Stage.TRANSFORMING, self._cases.batch)
-            batch = self._work.transform(**batch)
+            batch = transform(**batch)
         killpoints.reach("worker.step.transformed")
         return batch
 
     def _load(self, attempt: int) -> Any:
         """The first draw from `attempt` on that holds no quarantined case."""
         assert self._ticket is not None
+        if self._course is not None:
+            return self._course.load()
         for draw in range(attempt, attempt + _MAX_DRAWS):
             self._cases.begin()
             self._touch(Stage.LOADING)

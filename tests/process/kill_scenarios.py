@@ -19,12 +19,12 @@ from unittest import mock
 
 import numpy as np
 
-from safeloader import SafeAugmenter
+from safeloader import SafeAugmenter, SafeMultiThreadedAugmenter
 from safeloader.errors import SafeLoaderError
 from safeloader.pool import memory_watch
 from safeloader.pool.book import INCIDENTS_FILE
 from safeloader.testing import wait_until
-from tests.loaders import RandomLoader, fingerprint
+from tests.loaders import RandomLoader, Shuffled, fingerprint
 
 
 class RaisesAtFive(RandomLoader):
@@ -159,6 +159,12 @@ def recycled() -> list[object]:
         return seen[:20]
 
 
+def finite() -> list[object]:
+    """A finite loader over four epochs, of which each worker makes its part."""
+    with SafeMultiThreadedAugmenter(Shuffled(11, 2), None, 2, 1, [1, 2], seed=7, start_method="forked") as augmenter:
+        return [repr(batch) for _ in range(4) for batch in augmenter]
+
+
 SCENARIOS: dict[str, Callable[[], list[object]]] = {
     "stream": lambda: stream("forked"),
     "clean": lambda: stream("clean"),
@@ -169,6 +175,7 @@ SCENARIOS: dict[str, Callable[[], list[object]]] = {
     "fork_fails": fork_fails,
     "quarantined": quarantined,
     "recycled": recycled,
+    "finite": finite,
 }
 
 

@@ -46,6 +46,8 @@ _SCENARIO_OF = {
     "ForkFailed": "fork_fails",
     "Avoid": "quarantined",
     "Retire": "recycled",
+    "worker.step.keeping": "finite",
+    "worker.step.kept": "finite",
 }
 """Points that the plain stream does not pass."""
 
