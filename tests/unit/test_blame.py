@@ -660,3 +660,45 @@ def test_a_loader_whose_batches_name_no_cases_but_whose_failures_do() -> None:
     pool = Simulation(bad(["brain_007"], bug()), workers=4, reports_cases=False).run(1500)
     assert len(pool.taken) == 1500
     assert [action.case for action in pool.all(events.Quarantine)] == ["brain_007"]
+
+
+# ---- in lanes of their own ----
+
+
+def ordered() -> Blame:
+    """As `book`, of a pool in which nothing else can be tried while a ticket fails."""
+    blame = Blame(Policy(), ordered=True)
+    blame.draws_from(100)
+    blame.succeeded(0, ("brain_000",), 0.0, begun=0.0)
+    return blame
+
+
+def test_in_a_lane_a_bad_case_is_quarantined_although_nothing_else_is_tried() -> None:
+    blame = ordered()
+    verdicts = [blame.failed(1, KEY_ERROR, n / 10) for n in range(4)]
+    assert verdicts == [AGAIN, Verdict(Fate.DRAW_ANEW, case=CASE), AGAIN, Verdict(Fate.DRAW_ANEW, quarantined=CASE)]
+
+
+def test_in_a_lane_a_case_that_kills_twice_is_quarantined() -> None:
+    blame = ordered()
+    assert blame.died(1, CASE, 1.0, Cause.ITSELF) == AGAIN
+    assert blame.died(1, CASE, 2.0, Cause.ITSELF) == Verdict(Fate.DRAW_ANEW, quarantined=CASE)
+
+
+def test_in_a_lane_a_damaged_file_gets_the_time_to_be_written() -> None:
+    blame, now = ordered(), 1.0
+    while (verdict := blame.failed(1, TRUNCATED, now)).fate is Fate.AGAIN:
+        now += verdict.in_s
+    assert verdict.quarantined == CASE
+    assert now > 8.0
+
+
+def test_in_a_lane_storage_that_does_not_answer_is_waited_for() -> None:
+    blame, now = ordered(), 1.0
+    while now < 1800.0:
+        verdict = blame.failed(1, UNREADABLE, now)
+        assert verdict.fate is not Fate.END and verdict.quarantined is None
+        now += verdict.in_s
+    assert blame.outage_since is not None
+    assert blame.succeeded(1, (CASE,), now, begun=now) == pytest.approx(now - 1.0)
+    assert not blame.quarantined
