@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from safeloader.augmenter import SafeAugmenter
+from safeloader.runner import PoolRunner
 
 DEADLY: Final = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)
 """What the OOM killer, a bug in native code and a truncated memory-mapped file send."""
@@ -38,14 +38,14 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float = 10.0, what: 
 
 
 class Killer:
-    """Kills workers of one augmenter, at moments and in ways that follow from a seed.
+    """Kills workers of one augmenter (of either class), at moments and in ways that follow from a seed.
 
     Attributes:
         kills: what was done: (pid, signal), oldest first.
     """
 
     def __init__(
-        self, augmenter: SafeAugmenter, *, seed: int, signals: Sequence[signal.Signals] = (signal.SIGKILL,)
+        self, augmenter: PoolRunner, *, seed: int, signals: Sequence[signal.Signals] = (signal.SIGKILL,)
     ) -> None:
         self.kills: list[tuple[int, signal.Signals]] = []
         self._augmenter = augmenter

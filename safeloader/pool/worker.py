@@ -24,6 +24,7 @@ from safeloader.pool import process, wire
 from safeloader.pool.cases import Cases, PassOver
 from safeloader.pool.course import Course
 from safeloader.pool.failure import FailureRecord, describe, format_remote, pickle_exception
+from safeloader.pool.owned import OwnedGenerators
 from safeloader.pool.seeding import seed_everything
 from safeloader.pool.work import EpochEnd, Work
 from safeloader.ring import codec
@@ -81,6 +82,7 @@ class _Worker:
         self._ticket: int | None = None
         self._in_hand: tuple[str, ...] = ()
         self._cases = Cases(self._touch)
+        self._owned = OwnedGenerators()
         self._course: Course | None = None
         if bookmark is not None:
             self._course = Course(order, work, self._cases, bookmark, lambda: self._touch(Stage.LOADING))
@@ -121,6 +123,8 @@ class _Worker:
             cases = self._cases.attach(self._work.loader)
             if self._course is not None:
                 self._course.begin()
+            else:
+                self._owned = OwnedGenerators(self._work.loader, self._work.transform)
             return cases
         except BaseException as error:  # noqa: BLE001 - the worker's outermost boundary: the trainer raises it
             kind, text = describe(error)
@@ -141,6 +145,8 @@ class _Worker:
                 if not self._course.go_to(ticket, attempt):
                     os._exit(ExitCode.SPENT)
             batch = self._make(attempt)
+            if self._course is None and not self._batches and self._owned.look_again():
+                batch = self._make(attempt)  # generators that came into being with it were not seeded
             self._touch(Stage.ENCODING, self._cases.batch)
             codec.encode(batch, self._slots[slot], ticket, by_value=self._by_value)
             killpoints.reach("worker.step.encoded")
@@ -181,6 +187,7 @@ class _Worker:
             self._cases.begin()
             self._touch(Stage.LOADING)
             seed_everything(self._order.seed, self._order.stream, self._ticket, draw)
+            self._owned.seed(self._order.seed, self._order.stream, self._ticket, draw)
             killpoints.reach("worker.step.seeded")
             with contextlib.suppress(PassOver):
                 return next(self._work.loader)

@@ -26,7 +26,16 @@ LAYERS = [
 """From the bottom; a module imports only its own layer and those below."""
 
 MAY_IMPORT = {
-    "torch": ("ring/", "pool/worker.py", "pool/nursery.py", "pool/seeding.py", "nnunet/", "runner.py", "augmenter.py"),
+    "torch": (
+        "ring/",
+        "pool/worker.py",
+        "pool/nursery.py",
+        "pool/seeding.py",
+        "pool/owned.py",
+        "nnunet/",
+        "runner.py",
+        "augmenter.py",
+    ),
     "nnunetv2": ("nnunet/",),
     "rich": ("cli/",),
     "matplotlib": ("cli/",),
