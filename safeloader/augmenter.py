@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, Final
 
 import torch
 from batchgenerators.dataloading.data_loader import DataLoader
@@ -27,6 +27,8 @@ from safeloader.pool.work import EpochEnd, Work
 from safeloader.runner import FINISH_S, PoolRunner, capped, pinned
 
 logger = logging.getLogger("safeloader")
+
+_STATE_VERSION: Final = 1
 
 
 class SafeAugmenter(PoolRunner, NonDetMultiThreadedAugmenter):  # type: ignore[misc]  # upstream has no types
@@ -145,6 +147,43 @@ class SafeAugmenter(PoolRunner, NonDetMultiThreadedAugmenter):  # type: ignore[m
         with Supervisor.hold():
             self._finish()
             self._start()
+
+    # ---- beyond it ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, ready for `json.dumps` or a checkpoint: under 1 KB but for quarantined cases.
+
+        Returns:
+            `seed` (root seed), `stream`, `next_ticket` (the first one that was not delivered), `quarantined` (cases
+            that are not drawn), and `version`, of this dictionary.
+        """
+        report = self.report()
+        return {
+            "version": _STATE_VERSION,
+            "seed": report.seed,
+            "stream": report.stream,
+            "next_ticket": report.next_ticket,
+            "quarantined": list(report.quarantined),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where another augmenter of this loader stood, with any number of workers.
+
+        Workers that run are ended. The root seed becomes the state's.
+
+        Raises:
+            ConfigError: it is no such state, or of another stream.
+        """
+        seed, stream, ticket, quarantined = _checked(state)
+        if stream != self.options.stream:
+            raise ConfigError(
+                f"load_state_dict: the state is of stream {stream}, and this augmenter makes stream "
+                f"{self.options.stream}: give it stream={stream}, or the state of its own stream"
+            )
+        self._finish()
+        self.seed = seed
+        self._past.next_ticket = ticket
+        self._past.quarantined = dict.fromkeys(quarantined)
 
     def __del__(self) -> None:
         """Nothing to do: a finalizer ends the pool. Upstream's destructor would do it in the middle of a collection."""
@@ -302,6 +341,22 @@ def _check(num_processes: Any, seeds: Sequence[Any] | None, **sizes: Any) -> Non
     for seed in seeds if seeds is not None else ():
         if seed is not None and (not isinstance(seed, Integral) or seed < 0):
             raise ConfigError(f"seeds: {seed!r} must be an integer of at least 0, or None")
+
+
+def _checked(state: Mapping[str, Any]) -> tuple[int, int, int, list[str]]:
+    """What a state says: seed, stream, next ticket and quarantined cases."""
+    try:
+        version, numbers = state["version"], [state[name] for name in ("seed", "stream", "next_ticket")]
+        quarantined = state["quarantined"]
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"load_state_dict: this is no state of a SafeAugmenter: {error} is missing") from None
+    if version != _STATE_VERSION:
+        raise ConfigError(f"load_state_dict: the state is of version {version!r}; this is version {_STATE_VERSION}")
+    valid = all(isinstance(number, int) and number >= 0 for number in numbers)
+    if not valid or not isinstance(quarantined, list) or not all(isinstance(case, str) for case in quarantined):
+        raise ConfigError(f"load_state_dict: this is no state of a SafeAugmenter: {dict(state)!r:.200}")
+    seed, stream, ticket = numbers
+    return seed, stream, ticket, quarantined
 
 
 def _check_infinite(data_loader: Any) -> None:

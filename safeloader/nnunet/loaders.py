@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from safeloader.augmenter import SafeAugmenter
 from safeloader.faults.cpus import CpuBudget
+from safeloader.nnunet.resume import StreamStates
 
 AUGMENTER: Final = "NonDetMultiThreadedAugmenter"
 WORKER_COUNT: Final = "get_allowed_n_proc_DA"
@@ -37,28 +38,43 @@ class LoaderFactory:
         rank: Of this process in DDP, else 0.
         world_size: Number of ranks, else 1.
         folder: Where the augmenters write incidents, and remember quarantined cases.
+        seed: The root seed of all.
+        states: Where their streams go on, or None to begin new ones.
         built: The augmenters by name, "train" first, then "val", as nnU-Net builds them.
     """
 
     rank: int
     world_size: int
     folder: str
+    seed: int
+    states: StreamStates | None = None
     built: dict[str, SafeAugmenter] = field(default_factory=dict)
 
     def __call__(self, *args: Any, **kwargs: Any) -> SafeAugmenter:
         """Build the next augmenter from the stock class's arguments.
 
-        The first one draws the root seed, unless `SAFELOADER_SEED` gives it; the others use the same, in streams of
-        their own. So one number is enough to have the same batches again.
+        All use one root seed, in streams of their own. So one number is enough to have the same batches again.
+
+        One that goes on gives its last batch once more: nnU-Net's `get_dataloaders` draws one of each, and drops it.
         """
         index = len(self.built)
         name = ("train", "val")[index] if index < 2 else f"loader{index}"
         title = name if self.rank == 0 else f"{name}@{self.rank}"  # ranks share the folder and the screen
         stream = stream_number(self.rank, self.world_size, index)
-        seed = next((augmenter.seed for augmenter in self.built.values()), None)
-        augmenter = SafeAugmenter(*args, **kwargs, seed=seed, stream=stream, name=title, folder=self.folder)
+        augmenter = SafeAugmenter(*args, **kwargs, seed=self.seed, stream=stream, name=title, folder=self.folder)
+        state = None if self.states is None else self.states.state_of(name, stream, given_back=1)
+        if state is not None:
+            augmenter.load_state_dict(state)
         self.built[name] = augmenter
         return augmenter
+
+    def go_on(self) -> None:
+        """If a trainer's `get_dataloaders` did not draw a batch of each: begin where the streams stood."""
+        for name, augmenter in self.built.items():
+            report = augmenter.report()
+            state = None if self.states is None else self.states.state_of(name, report.stream)
+            if state is not None and report.next_ticket != state["next_ticket"]:
+                augmenter.load_state_dict(state)
 
     def close(self) -> None:
         """Stop all workers; for a `get_dataloaders` that failed half-way."""

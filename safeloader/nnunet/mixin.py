@@ -10,6 +10,7 @@ leaves `__init__` alone, since nnU-Net reads its signature, and the network, los
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,10 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import distributed
 
+from safeloader.config import resolve
 from safeloader.faults.cpus import available_cpus
 from safeloader.nnunet.loaders import LoaderFactory, safe_loaders
 from safeloader.nnunet.record import About, TrainingRecord, put_aside, report_path
+from safeloader.nnunet.resume import NoStateError, StreamStates, recall, remember
 from safeloader.pool.book import INCIDENTS_FILE
+from safeloader.pool.seeding import root_seed
 
 if TYPE_CHECKING:
 
@@ -32,12 +36,14 @@ if TYPE_CHECKING:
         local_rank: int
         is_ddp: bool
         current_epoch: int
+        disable_checkpointing: bool
 
         def get_dataloaders(self) -> tuple[Any, Any]: ...
         def on_epoch_end(self) -> None: ...
         def on_train_end(self) -> None: ...
         def run_training(self) -> None: ...
         def save_checkpoint(self, filename: str) -> None: ...
+        def load_checkpoint(self, filename_or_checkpoint: Any) -> None: ...
         def print_to_log_file(self, *args: object) -> None: ...
 
 else:
@@ -52,6 +58,7 @@ class SafeLoaderMixin(_Trainer):
     """
 
     _safeloader: TrainingRecord | None = None
+    _continued: Path | None = None  # the checkpoint that this training goes on from
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Nnu-Net's own loaders, with our augmenter around them.
@@ -62,10 +69,15 @@ class SafeLoaderMixin(_Trainer):
         world_size = distributed.get_world_size() if self.is_ddp else 1
         if self.local_rank == 0 and self.current_epoch == 0:
             put_aside(Path(self.output_folder) / INCIDENTS_FILE)
-        factory = LoaderFactory(self.local_rank, world_size, self.output_folder)
+        states = self._states_to_go_on_with()
+        seed = shared_seed(self.is_ddp) if states is None else states.seed
+        factory = LoaderFactory(self.local_rank, world_size, self.output_folder, seed, states)
         cpus = available_cpus()
         with safe_loaders(type(self), factory, cpus, self.print_to_log_file):
             loaders = super().get_dataloaders()
+            factory.go_on()
+        if factory.built:
+            self.print_to_log_file(f"SafeLoader: {_stream_line(seed, states)}")
         about = About(type(self).__name__, self.local_rank, self.current_epoch, cpus.reason)
         path = report_path(Path(self.output_folder), self.local_rank)
         self._safeloader = TrainingRecord(factory.built, path, about)
@@ -99,9 +111,43 @@ class SafeLoaderMixin(_Trainer):
             raise
 
     def save_checkpoint(self, filename: str) -> None:
-        """Save nnU-Net's checkpoint, under the name of the trainer class that prediction needs."""
+        """Save nnU-Net's checkpoint, under the name of the trainer class that prediction needs.
+
+        Beside it is noted where the streams stand, for a training that continues from it.
+        """
         with _named(type(self), checkpoint_trainer_name(type(self))):
             super().save_checkpoint(filename)
+        states = None if self._safeloader is None else self._safeloader.states()
+        if states is None or self.local_rank != 0 or self.disable_checkpointing:
+            return
+        try:
+            remember(Path(filename), self.current_epoch + 1, states)
+        except OSError as error:
+            # Without it a continued training has other batches; that is not worth this training.
+            self.print_to_log_file(f"SafeLoader: where the streams stand could not be written: {error}")
+
+    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
+        """Load it, and remember which: the streams go on where they stood in it."""
+        super().load_checkpoint(filename_or_checkpoint)
+        named = isinstance(filename_or_checkpoint, (str, os.PathLike))
+        self._continued = Path(filename_or_checkpoint) if named else None
+
+    def _states_to_go_on_with(self) -> StreamStates | None:
+        """Where the streams stood in the checkpoint that this training continues; None if they begin anew."""
+        if self._continued is None or self.current_epoch == 0:
+            return None
+        try:
+            states = recall(self._continued, self.current_epoch)
+            wanted = resolve({}).seed
+            if wanted not in (None, states.seed):
+                raise NoStateError(f"SAFELOADER_SEED={wanted} asks for another stream than that of seed {states.seed}")
+        except NoStateError as reason:
+            self.print_to_log_file(
+                f"SafeLoader: the training continues, but not with the batches after {self._continued.name}: {reason}. "
+                "A new stream begins."
+            )
+            return None
+        return states
 
     def _end_report(self, outcome: str) -> None:
         record = self._safeloader
@@ -122,6 +168,24 @@ class SafeLoaderMixin(_Trainer):
         except OSError as error:
             # A report is not worth a training.
             self.print_to_log_file(f"SafeLoader: the report could not be written: {error}")
+
+
+def shared_seed(is_ddp: bool) -> int:
+    """The root seed of a new training: `SAFELOADER_SEED`, or a number that was drawn, the same for all DDP ranks."""
+    given = resolve({}).seed
+    seed = root_seed(None) if given is None else given
+    if is_ddp:
+        shared = [seed]
+        distributed.broadcast_object_list(shared, src=0)
+        seed = shared[0]
+    return seed
+
+
+def _stream_line(seed: int, states: StreamStates | None) -> str:
+    if states is None:
+        return f"the root seed is {seed}: SAFELOADER_SEED={seed} gives the same batches again"
+    tickets = ", ".join(f"{name}: ticket {ticket}" for name, ticket in states.next_tickets.items())
+    return f"the batches go on where the checkpoint left them ({tickets}; root seed {seed})"
 
 
 def checkpoint_trainer_name(trainer_class: type) -> str:

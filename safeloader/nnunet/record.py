@@ -16,7 +16,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from safeloader.nnunet.resume import StreamStates
 from safeloader.pool.book import INCIDENTS_FILE
+from safeloader.report.atomic import write_atomically
 
 if TYPE_CHECKING:
     from safeloader.augmenter import SafeAugmenter
@@ -69,6 +71,12 @@ class TrainingRecord:
         self._told = dict.fromkeys(loaders, 0)
         self._earlier = _earlier_runs(path) if about.first_epoch > 0 else []
         self.ended = False
+
+    def states(self) -> StreamStates | None:
+        """Where the streams stand; None if there are none."""
+        tickets = {name: loader.report().next_ticket for name, loader in self._loaders.items()}
+        seed = next((loader.seed for loader in self._loaders.values()), None)
+        return None if seed is None else StreamStates(seed, tickets)
 
     def remembered(self) -> str | None:
         """One line about the cases that an earlier run has quarantined; None if there are none."""
@@ -146,7 +154,7 @@ class TrainingRecord:
             "loaders": {name: _brief(loader.report()) for name, loader in self._loaders.items()},
             "earlier_runs": self._earlier,
         }
-        _write_atomically(self._path, json.dumps(state, indent=2) + "\n")
+        write_atomically(self._path, json.dumps(state, indent=2) + "\n")
 
 
 def _brief(report: Report) -> dict[str, Any]:
@@ -189,16 +197,6 @@ def _earlier_runs(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError):
         return []
     return [*last.pop("earlier_runs", []), last] if isinstance(last, dict) else []
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    """A reader finds the old file or the new one, never a half; a full disk leaves the old one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _now() -> str:

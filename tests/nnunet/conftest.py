@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
 import safeloader
 from safeloader.nnunet.brain import DATASET_NAME, write_dataset
 from safeloader.nnunet.short import write_trainers
-from safeloader.nnunet.workspace import Workspace
+from safeloader.nnunet.workspace import SMALL_CONFIGURATION, Workspace
 
+MakeTrainer = Callable[..., Any]
 CASES = 5  # fold 0 validates one of them
 
 
@@ -49,3 +54,38 @@ def make_workspace(brain_workspace: Workspace, tmp_path_factory: pytest.TempPath
         return workspace
 
     return make
+
+
+@pytest.fixture(scope="session")
+def nnunet() -> ModuleType:
+    """The module of our trainer, and with it nnU-Net: before a test counts its descriptors."""
+    import safeloader.nnunet.trainer as module
+
+    return module
+
+
+@pytest.fixture
+def make_trainer(
+    nnunet: ModuleType, make_workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[MakeTrainer]:
+    """Makes trainers as `nnUNetv2_train` does, each in a workspace of its own; their loaders are stopped afterwards."""
+    made: list[Any] = []
+
+    def make(cls: type | None = None, *, workspace: Workspace | None = None) -> Any:
+        workspace = workspace or make_workspace()
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            monkeypatch.setenv(name, workspace.environment()[name])
+        folder = workspace.preprocessed / workspace.dataset
+        plans = json.loads((folder / "nnUNetPlans.json").read_text())
+        plans["continue_training"] = False
+        dataset = json.loads((folder / "dataset.json").read_text())
+        trainer_class = cls or nnunet.nnUNetTrainerSafeLoader
+        trainer = trainer_class(plans, SMALL_CONFIGURATION, 0, dataset, device=torch.device("cpu"))
+        trainer.initialize()
+        made.append(trainer)
+        return trainer
+
+    yield make
+    for trainer in made:
+        if trainer._safeloader is not None:
+            trainer._safeloader.close()

@@ -6,54 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 
 from safeloader import SafeAugmenter
-from safeloader.nnunet.workspace import SMALL_CONFIGURATION, Workspace
-
-MakeTrainer = Callable[..., Any]
-
-
-@pytest.fixture(scope="session")
-def nnunet() -> ModuleType:
-    """The module of our trainer, and with it nnU-Net: before a test counts its descriptors."""
-    import safeloader.nnunet.trainer as module
-
-    return module
-
-
-@pytest.fixture
-def make_trainer(
-    nnunet: ModuleType, make_workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[MakeTrainer]:
-    """Makes trainers as `nnUNetv2_train` does; their loaders are stopped afterwards."""
-    made: list[Any] = []
-
-    def make(cls: type | None = None) -> Any:
-        workspace = make_workspace()
-        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-            monkeypatch.setenv(name, workspace.environment()[name])
-        folder = workspace.preprocessed / workspace.dataset
-        plans = json.loads((folder / "nnUNetPlans.json").read_text())
-        plans["continue_training"] = False
-        dataset = json.loads((folder / "dataset.json").read_text())
-        trainer_class = cls or nnunet.nnUNetTrainerSafeLoader
-        trainer = trainer_class(plans, SMALL_CONFIGURATION, 0, dataset, device=torch.device("cpu"))
-        trainer.initialize()
-        made.append(trainer)
-        return trainer
-
-    yield make
-    for trainer in made:
-        if trainer._safeloader is not None:
-            trainer._safeloader.close()
+from tests.nnunet.conftest import MakeTrainer
 
 
 def log_of(trainer: Any) -> str:

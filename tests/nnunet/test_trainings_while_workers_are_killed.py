@@ -127,6 +127,11 @@ class TestSafeLoader:
         nnunet_train(workspace, "--c")
         assert len(read_steps(output)) == LENGTH.batches + 6
         assert report(workspace)["first_epoch"] == LENGTH.epochs
+        # The last batch before the checkpoint is given once more: nnU-Net draws one of each loader and drops it.
+        assert report(workspace)["loaders"]["train"]["next_ticket"] == LENGTH.epochs * LENGTH.iterations + 1 + 5
+        assert "the batches go on where the checkpoint left them (train: ticket 76, val: ticket 7; root seed" in (
+            training_log(workspace, SAFE_TRAINER)
+        )
         assert [run["outcome"] for run in report(workspace)["earlier_runs"]] == ["finished"]
         assert summary.exists()
         summary.unlink()
