@@ -27,6 +27,7 @@ from torch import distributed
 from safeloader.config import Options, resolve
 from safeloader.errors import ClosedError, ConfigError, ForkedError, LoaderFinishedError
 from safeloader.faults.incident import Incident
+from safeloader.pool import blur
 from safeloader.pool.book import MAX_INCIDENTS
 from safeloader.pool.pool import Pool
 from safeloader.pool.seeding import root_seed
@@ -137,7 +138,10 @@ class SafeAugmenter(NonDetMultiThreadedAugmenter):  # type: ignore[misc]  # upst
                 return
             if isinstance(self.generator, DataLoader):
                 self.generator.was_initialized = False
-            self._first_start = time.monotonic() if self._first_start is None else self._first_start
+            if self._first_start is None:
+                self._first_start = time.monotonic()
+                if blur.chooses_by_timing(self.generator, self.transform):
+                    logger.info("pool %r: %s", self.options.name, blur.NOTICE)
             self._supervisor, self._pool = open_pool(
                 Work(self.generator, self.transform),
                 _capped(self.options),
