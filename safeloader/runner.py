@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Final, TypeVar
 
@@ -18,6 +19,7 @@ from torch import distributed
 from safeloader.config import Options
 from safeloader.errors import ClosedError, ForkedError
 from safeloader.faults.incident import Incident
+from safeloader.pool import blur
 from safeloader.pool.book import MAX_INCIDENTS
 from safeloader.pool.pool import Pool
 from safeloader.pool.supervisor import Supervisor
@@ -37,12 +39,15 @@ class PoolRunner:
     """Mixed in before a stock class. Whoever uses it sets `options`, `seed` and `num_processes`, and opens the pool.
 
     Attributes:
-        options: see `config.OPTIONS`. seed: the root seed. num_processes: workers.
+        options: see `config.OPTIONS`. seed: the root seed. num_processes: workers. generator: the loader.
+        transform: what follows it, or None.
     """
 
     options: Options
     seed: int
     num_processes: int
+    generator: Any
+    transform: Callable[..., Any] | None
 
     def __init__(self) -> None:
         self._pool: Pool | None = None
@@ -70,10 +75,17 @@ class PoolRunner:
                 raise ClosedError(f"this augmenter ({self.options.name}) was closed: make a new one")
             if self._pool is not None:
                 return
-            self._first_start = time.monotonic() if self._first_start is None else self._first_start
+            if self._first_start is None:
+                self._first_start = time.monotonic()
+                self._say_what_the_stream_is()
             self._supervisor, self._pool = self._open_pool()
             self._finalizer = weakref.finalize(self, _abandon, self._supervisor, self._pool, self._pid)
             self._finalizer.atexit = False
+
+    def _say_what_the_stream_is(self) -> None:
+        logger.info("pool %r: the root seed is %d (stream %d)", self.options.name, self.seed, self.options.stream)
+        if blur.chooses_by_timing(self.generator, self.transform):
+            logger.info("pool %r: %s", self.options.name, blur.NOTICE)
 
     def _end_pool(self, timeout_s: float) -> None:
         """End the workers, if they are running."""

@@ -24,6 +24,7 @@ from safeloader.faults.cpus import available_cpus
 from safeloader.nnunet.loaders import LoaderFactory, safe_loaders
 from safeloader.nnunet.record import About, TrainingRecord, put_aside, report_path
 from safeloader.nnunet.resume import NoStateError, StreamStates, recall, remember
+from safeloader.pool import blur
 from safeloader.pool.book import INCIDENTS_FILE
 from safeloader.pool.seeding import root_seed
 
@@ -64,7 +65,8 @@ class SafeLoaderMixin(_Trainer):
         """Nnu-Net's own loaders, with our augmenter around them.
 
         `nnUNet_n_proc_DA` is obeyed, 0 stays single-threaded; more workers than there are CPUs for this process
-        are lowered to that number, and the training log says so.
+        are lowered to that number, and the training log says so. It also says if a transform would choose what it
+        computes by timing, which workers don't let it (see `pool/blur.py`).
         """
         world_size = distributed.get_world_size() if self.is_ddp else 1
         if self.local_rank == 0 and self.current_epoch == 0:
@@ -84,6 +86,8 @@ class SafeLoaderMixin(_Trainer):
         remembered = self._safeloader.remembered()
         if remembered is not None:
             self.print_to_log_file(remembered)
+        if any(blur.chooses_by_timing(built.generator, built.transform) for built in factory.built.values()):
+            self.print_to_log_file(f"SafeLoader: {blur.NOTICE}")
         return loaders
 
     def on_epoch_end(self) -> None:

@@ -55,7 +55,8 @@ _ENVIRONMENT_UNLESS_SET: Final = {
     "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
     # glibc's last words ("free(): invalid pointer") go to stderr, not to a terminal that nobody reads.
     "LIBC_FATAL_STDERR_": "1",
-    # Sets iterate in the same order in every nursery.
+    # Sets iterate in the same order in every nursery. (Not a number that follows from the root seed: pools with
+    # different ones share a nursery.)
     "PYTHONHASHSEED": "0",
 }
 
@@ -154,6 +155,8 @@ class Nursery:
         ours, theirs = wire.Channel.pair()
         relay, stderr_fd = Relay.create()
         environment = {**_ENVIRONMENT_UNLESS_SET, **os.environ, **_ENVIRONMENT}
+        if environment["PYTHONHASHSEED"] == "random":
+            environment["PYTHONHASHSEED"] = _ENVIRONMENT_UNLESS_SET["PYTHONHASHSEED"]
         with contextlib.ExitStack() as theirs_only:
             theirs_only.callback(os.close, stderr_fd)
             theirs_only.callback(theirs.close)

@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 from safeloader import killpoints
 from safeloader.faults.exits import ExitCode
 from safeloader.pool import process, relay, wire, worker
+from safeloader.pool.blur import always_convolve_directly
 from safeloader.pool.failure import describe, format_remote
 from safeloader.pool.seeding import seed_everything
 from safeloader.pool.work import Work, unpack
@@ -64,6 +65,8 @@ def serve(channel: wire.Channel, works: dict[int, Work], *, generation: int, by_
     killpoints.reach("nursery.step.started")
     torch.set_num_threads(1)
     seed_everything(0, 0, 0)  # imports what seeding needs once, here, and not in every worker
+    for work in works.values():
+        always_convolve_directly(work.loader, work.transform)
     with threadpool_limits(limits=1, user_api=None):
         try:
             _Nursery(channel, works, by_value=by_value).run()
@@ -119,13 +122,14 @@ class _Nursery:
     def _load(self, pool: int, file: MemoryFile, nbytes: int) -> None:
         killpoints.reach("nursery.step.loading")
         try:
-            self._works[pool] = unpack(file, nbytes)
+            work = self._works[pool] = unpack(file, nbytes)
         except BaseException as error:  # noqa: BLE001 - unpickling runs the user's code, which may raise anything
             kind, text = describe(error)
             self._channel.send(wire.LoadFailed(pool, f"{kind}: {wire.clip(text, 1000)}", format_remote(error)))
             return
         finally:
             file.close()
+        always_convolve_directly(work.loader, work.transform)
         self._channel.send(wire.Loaded(pool))
 
     def _kill(self, pid: int, *, stacks: bool) -> None:

@@ -92,7 +92,8 @@ def attributes_of(thing: object) -> dict[str, Any]:
     """The `__dict__` of an instance itself, not a copy; an empty one if it has none."""
     for cls in classes_of(thing):
         descriptor = _read_namespace(cls).get("__dict__")
-        if type(descriptor) is types.GetSetDescriptorType:  # not a property of the user's that has the same name
+        # Not a property of the user's that has the same name.
+        if type(descriptor) is types.GetSetDescriptorType or type(descriptor) is types.MemberDescriptorType:
             found = descriptor.__get__(thing)
             return found if type(found) is dict else {}
     return {}
