@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +134,24 @@ def test_a_state_that_cannot_be_written_ends_no_training(
     monkeypatch.setattr(resume, "write_atomically", full)
     trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_latest.pth"))
     assert "where the streams stand could not be written: [Errno 28] No space left" in log_of(trainer)
+
+
+RANK = """
+import sys
+from torch import distributed
+from safeloader.nnunet.mixin import shared_seed
+distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
+print(shared_seed(is_ddp=True))
+distributed.destroy_process_group()
+"""
+
+
+def test_ranks_share_the_root_seed(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RANK, str(tmp_path / "store")]
+    environ = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [subprocess.Popen([*command, rank], stdout=subprocess.PIPE, env=environ) for rank in "01"]
+    first, second = (int(rank.communicate(timeout=120)[0]) for rank in ranks)
+    assert first == second
 
 
 # ---- the file ----

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 
 from safeloader import SafeAugmenter
+from tests import scripts
 from tests.loaders import RandomLoader, fingerprint
 
 pytestmark = pytest.mark.usefixtures("warm_nursery")
@@ -107,6 +109,36 @@ def test_the_trainers_own_generators_are_left_alone() -> None:
     torch.manual_seed(3), np.random.seed(3), random.seed(3)
     _stream(5), _stream(5, start_method="forked")
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == expected
+
+
+class Words(RandomLoader):
+    """Its batch is a set of strings in the order in which Python iterates it: that follows from the hash seed."""
+
+    def __next__(self) -> dict[str, Any]:
+        return {"words": list({f"word_{number}" for number in range(20)})}
+
+
+WORDS = """
+from tests.process.test_seeds import Words
+with SafeAugmenter(Words(), None, 2, 2, seed=7, start_method="clean") as augmenter:
+    print([next(augmenter)["words"] for _ in range(4)])
+    for child in psutil.Process().children():
+        child.kill()  # the nursery
+    print([next(augmenter)["words"] for _ in range(4)][-1])
+"""
+
+
+def test_sets_have_one_order_in_every_nursery_and_run(tmp_path: Path) -> None:
+    runs = [
+        scripts.run(tmp_path, f"import psutil\n{WORDS}", environ={"PYTHONHASHSEED": hash_seed})
+        for hash_seed in ("random", "random", "7", "7")
+    ]
+    assert [run.code for run in runs] == [0] * 4, runs[0].err
+    for run in runs:
+        before, after = run.out.splitlines()
+        assert before.count(after) == 4, "a new nursery iterates as the one before"
+    assert runs[0].out == runs[1].out
+    assert runs[2].out == runs[3].out != runs[0].out, "a hash seed of the user's is kept"
 
 
 def test_streams_of_one_seed_never_share_a_number() -> None:
