@@ -18,6 +18,8 @@ from safeloader.faults.cpus import CpuBudget
 
 AUGMENTER: Final = "NonDetMultiThreadedAugmenter"
 WORKER_COUNT: Final = "get_allowed_n_proc_DA"
+LOADERS: Final = ("train", "val")
+"""The augmenters that nnU-Net builds, in its order."""
 
 
 def stream_number(rank: int, world_size: int, index: int) -> int:
@@ -27,6 +29,11 @@ def stream_number(rank: int, world_size: int, index: int) -> int:
     """
     pair, place = divmod(index, 2)
     return 2 * (pair * world_size + rank) + place
+
+
+def pool_name(loader: str, rank: int) -> str:
+    """What the pool of a DDP rank's loader is called: ranks share the folder and the screen."""
+    return loader if rank == 0 else f"{loader}@{rank}"
 
 
 @dataclass
@@ -52,8 +59,8 @@ class LoaderFactory:
         their own. So one number is enough to have the same batches again.
         """
         index = len(self.built)
-        name = ("train", "val")[index] if index < 2 else f"loader{index}"
-        title = name if self.rank == 0 else f"{name}@{self.rank}"  # ranks share the folder and the screen
+        name = LOADERS[index] if index < 2 else f"loader{index}"
+        title = pool_name(name, self.rank)
         stream = stream_number(self.rank, self.world_size, index)
         seed = next((augmenter.seed for augmenter in self.built.values()), None)
         augmenter = SafeAugmenter(*args, **kwargs, seed=seed, stream=stream, name=title, folder=self.folder)

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 from torch import distributed
 
 from safeloader.faults.cpus import available_cpus
-from safeloader.nnunet.loaders import LoaderFactory, safe_loaders
+from safeloader.nnunet.loaders import LOADERS, LoaderFactory, pool_name, safe_loaders
 from safeloader.nnunet.record import About, TrainingRecord, put_aside, report_path
 from safeloader.pool.book import INCIDENTS_FILE
+from safeloader.report.audit import audit_file
 
 if TYPE_CHECKING:
 
@@ -60,8 +61,9 @@ class SafeLoaderMixin(_Trainer):
         are lowered to that number, and the training log says so.
         """
         world_size = distributed.get_world_size() if self.is_ddp else 1
-        if self.local_rank == 0 and self.current_epoch == 0:
-            put_aside(Path(self.output_folder) / INCIDENTS_FILE)
+        if self.current_epoch == 0:
+            for file in _of_an_earlier_run(self.local_rank):
+                put_aside(Path(self.output_folder) / file)
         factory = LoaderFactory(self.local_rank, world_size, self.output_folder)
         cpus = available_cpus()
         with safe_loaders(type(self), factory, cpus, self.print_to_log_file):
@@ -122,6 +124,12 @@ class SafeLoaderMixin(_Trainer):
         except OSError as error:
             # A report is not worth a training.
             self.print_to_log_file(f"SafeLoader: the report could not be written: {error}")
+
+
+def _of_an_earlier_run(rank: int) -> list[str]:
+    """The files that a rank would append to: an audit is its own, the incidents are all ranks'."""
+    audits = [audit_file(pool_name(loader, rank)) for loader in LOADERS]
+    return [INCIDENTS_FILE, *audits] if rank == 0 else audits
 
 
 def checkpoint_trainer_name(trainer_class: type) -> str:

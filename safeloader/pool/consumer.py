@@ -34,6 +34,10 @@ def _not_open() -> None:
     raise AssertionError("the pool is not open")
 
 
+def _unrecorded(ticket: int) -> None:
+    """Nobody wants to know."""
+
+
 @dataclass(frozen=True)
 class _ReadyBatch:
     memory: memoryview
@@ -50,8 +54,8 @@ class Consumer:
     Attributes:
         next_ticket: the first ticket that was not delivered yet.
         wait_s: how long `take` has waited, in seconds, all in all.
-        post: tells the machine what was taken. wake: has `released` asked. describe: says who has a ticket. All three
-            are set before the first `put`.
+        post: tells the machine what was taken. wake: has `released` asked. describe: says who has a ticket.
+            record: is told of each batch that is delivered. All four are set before the first `put`.
     """
 
     def __init__(self, name: str, first_ticket: int, max_leases: int, *, slow_s: float) -> None:
@@ -60,6 +64,7 @@ class Consumer:
         self.post: Callable[[events.Event], None] = _nowhere
         self.wake: Callable[[], None] = _not_open
         self.describe: Callable[[int], str] = str
+        self.record: Callable[[int], None] = _unrecorded
         self._slow_s = slow_s
         self._name = name
         self._first_ticket = first_ticket
@@ -137,6 +142,8 @@ class Consumer:
             killpoints.reach("trainer.step.decoded")
             self.post(events.Taken(ticket))  # again after an interrupt: the machine ignores the second
             killpoints.reach("trainer.step.taken")
+            if not ready.failed:
+                self.record(ticket)  # after an interrupt twice rather than not at all
             self.next_ticket = ticket + 1
             self._ready.pop(ticket, None)
             if ready.failed:
