@@ -63,6 +63,7 @@ class Options:
     recycle_growth_mib: int
     slow_warning_s: float
     folder: str | None
+    audit: bool
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,12 @@ OPTIONS: Final[Mapping[str, Option]] = {
         30.0, float, "a wait for a batch that is longer gets a line in the log", "s", minimum=0.05
     ),
     "folder": Option(None, str, "where incidents and quarantined cases are written; None is nowhere"),
+    "audit": Option(
+        False, bool, "write a line with a checksum per delivered batch into the folder, for `safeloader audit`"
+    ),
 }
+
+_TRUTHS: Final = {"1": True, "true": True, "0": False, "false": False}
 
 assert set(OPTIONS) == {f.name for f in fields(Options)}, "every option has one field and one entry"
 
@@ -149,7 +155,7 @@ def resolve(given: Mapping[str, Any], environ: Mapping[str, str] | None = None) 
         environ: the environment to read; None is `os.environ`.
 
     Raises:
-        ConfigError: an unknown option, or a value of the wrong type or out of bounds.
+        ConfigError: an unknown option, a value of the wrong type or out of bounds, or options that need each other.
     """
     env = os.environ if environ is None else environ
     for name in given:
@@ -166,7 +172,13 @@ def resolve(given: Mapping[str, Any], environ: Mapping[str, str] | None = None) 
             values[name] = _checked(option, text, source=f"{option.env(name)}={text}")
         else:
             values[name] = option.default
-    return Options(**values)
+    options = Options(**values)
+    if options.audit and not options.folder:
+        raise ConfigError(
+            "audit is on, and there is no folder to write it into: give the option `folder` (SAFELOADER_FOLDER), or "
+            "switch it off (SAFELOADER_AUDIT=0)"
+        )
+    return options
 
 
 def _checked(option: Option, value: Any, *, source: str) -> Any:
@@ -175,13 +187,18 @@ def _checked(option: Option, value: Any, *, source: str) -> Any:
     try:
         if option.kind is int and (isinstance(value, bool) or (isinstance(value, float) and value % 1)):
             raise ValueError
-        converted = option.kind(value)
-    except (TypeError, ValueError):
-        expected = " or ".join(m.value for m in option.kind) if issubclass(option.kind, Enum) else option.kind.__name__
-        raise ConfigError(f"{source}: expected {expected} ({option.help})") from None
+        converted = _TRUTHS[str(value).strip().lower()] if option.kind is bool else option.kind(value)
+    except (TypeError, ValueError, KeyError):
+        raise ConfigError(f"{source}: expected {_expected(option.kind)} ({option.help})") from None
     unit = f" {option.unit}" if option.unit else ""
     if option.minimum is not None and not converted >= option.minimum:
         raise ConfigError(f"{source}: must be at least {option.minimum:g}{unit} ({option.help})")
     if option.maximum is not None and not converted <= option.maximum:
         raise ConfigError(f"{source}: must be at most {option.maximum:g}{unit} ({option.help})")
     return converted
+
+
+def _expected(kind: type) -> str:
+    if kind is bool:
+        return " or ".join(_TRUTHS)
+    return " or ".join(member.value for member in kind) if issubclass(kind, Enum) else kind.__name__

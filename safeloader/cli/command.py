@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import sys
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -43,3 +44,9 @@ class Command(ABC):
             ConfigError: Bad input; ends with exit code 2.
             SafeLoaderError: It did not work; ends with exit code 1.
         """
+
+
+def show(text: str) -> None:
+    """Print what may hold any character; a terminal that does not know one gets a question mark."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, BinaryIO, Final
 
-from safeloader.cli.command import Command
+from safeloader.cli.command import Command, show
 from safeloader.errors import ConfigError
 from safeloader.faults.explain import explain
 from safeloader.faults.explain.incident_files import is_incidents, summarize
@@ -50,8 +50,7 @@ class Explain(Command):
             raise ConfigError(f"{name} can't be read: {error.strerror or error}") from error
         except ConfigError as error:
             raise ConfigError(f"{name} {error}") from error
-        encoding = sys.stdout.encoding or "utf-8"
-        print(text.encode(encoding, "replace").decode(encoding))
+        show(text)
         return 0 if known else 1
 
 

@@ -19,6 +19,8 @@ from safeloader.nnunet.resume import StreamStates
 
 AUGMENTER: Final = "NonDetMultiThreadedAugmenter"
 WORKER_COUNT: Final = "get_allowed_n_proc_DA"
+LOADERS: Final = ("train", "val")
+"""The augmenters that nnU-Net builds, in its order."""
 
 
 def stream_number(rank: int, world_size: int, index: int) -> int:
@@ -28,6 +30,11 @@ def stream_number(rank: int, world_size: int, index: int) -> int:
     """
     pair, place = divmod(index, 2)
     return 2 * (pair * world_size + rank) + place
+
+
+def pool_name(loader: str, rank: int) -> str:
+    """What the pool of a DDP rank's loader is called: ranks share the folder and the screen."""
+    return loader if rank == 0 else f"{loader}@{rank}"
 
 
 @dataclass
@@ -58,8 +65,8 @@ class LoaderFactory:
         One that goes on gives its last batch once more: nnU-Net's `get_dataloaders` draws one of each, and drops it.
         """
         index = len(self.built)
-        name = ("train", "val")[index] if index < 2 else f"loader{index}"
-        title = name if self.rank == 0 else f"{name}@{self.rank}"  # ranks share the folder and the screen
+        name = LOADERS[index] if index < 2 else f"loader{index}"
+        title = pool_name(name, self.rank)
         stream = stream_number(self.rank, self.world_size, index)
         augmenter = SafeAugmenter(*args, **kwargs, seed=self.seed, stream=stream, name=title, folder=self.folder)
         state = None if self.states is None else self.states.state_of(name, stream, given_back=1)

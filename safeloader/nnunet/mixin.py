@@ -21,12 +21,13 @@ from torch import distributed
 
 from safeloader.config import resolve
 from safeloader.faults.cpus import available_cpus
-from safeloader.nnunet.loaders import LoaderFactory, safe_loaders
+from safeloader.nnunet.loaders import LOADERS, LoaderFactory, pool_name, safe_loaders
 from safeloader.nnunet.record import About, TrainingRecord, put_aside, report_path
 from safeloader.nnunet.resume import NoStateError, StreamStates, recall, remember
 from safeloader.pool import blur
 from safeloader.pool.book import INCIDENTS_FILE
 from safeloader.pool.seeding import root_seed
+from safeloader.report.audit import audit_file
 
 if TYPE_CHECKING:
 
@@ -69,8 +70,9 @@ class SafeLoaderMixin(_Trainer):
         computes by timing, which workers don't let it (see `pool/blur.py`).
         """
         world_size = distributed.get_world_size() if self.is_ddp else 1
-        if self.local_rank == 0 and self.current_epoch == 0:
-            put_aside(Path(self.output_folder) / INCIDENTS_FILE)
+        if self.current_epoch == 0:
+            for file in _of_an_earlier_run(self.local_rank):
+                put_aside(Path(self.output_folder) / file)
         states = self._states_to_go_on_with()
         seed = shared_seed(self.is_ddp) if states is None else states.seed
         factory = LoaderFactory(self.local_rank, world_size, self.output_folder, seed, states)
@@ -190,6 +192,12 @@ def _stream_line(seed: int, states: StreamStates | None) -> str:
         return f"the root seed is {seed}: SAFELOADER_SEED={seed} gives the same batches again"
     tickets = ", ".join(f"{name}: ticket {ticket}" for name, ticket in states.next_tickets.items())
     return f"the batches go on where the checkpoint left them ({tickets}; root seed {seed})"
+
+
+def _of_an_earlier_run(rank: int) -> list[str]:
+    """The files that a rank would append to: an audit is its own, the incidents are all ranks'."""
+    audits = [audit_file(pool_name(loader, rank)) for loader in LOADERS]
+    return [INCIDENTS_FILE, *audits] if rank == 0 else audits
 
 
 def checkpoint_trainer_name(trainer_class: type) -> str:

@@ -53,10 +53,10 @@ class About:
     workers: str
 
 
-def put_aside(incidents: Path) -> None:
-    """A training that begins anew begins with no incidents and no quarantine; the earlier run's file is kept."""
-    if incidents.exists():
-        os.replace(incidents, incidents.with_suffix(f".{datetime.now():%Y%m%d-%H%M%S}.jsonl"))
+def put_aside(file: Path) -> None:
+    """A training that begins anew has no incidents, no quarantine and no audit; the earlier run's file is kept."""
+    if file.exists():
+        os.replace(file, file.with_suffix(f".{datetime.now():%Y%m%d-%H%M%S}.jsonl"))
 
 
 class TrainingRecord:

@@ -35,6 +35,10 @@ def _not_open() -> None:
     raise AssertionError("the pool is not open")
 
 
+def _unrecorded(ticket: int) -> None:
+    """Nobody wants to know."""
+
+
 @dataclass(frozen=True)
 class _ReadyBatch:
     memory: memoryview
@@ -51,8 +55,8 @@ class Consumer:
 
     Attributes:
         wait_s: how long `take` has waited, in seconds, all in all.
-        post: tells the machine what was taken. wake: has `released` asked. describe: says who has a ticket. All three
-            are set before the first `put`.
+        post: tells the machine what was taken. wake: has `released` asked. describe: says who has a ticket.
+            record: is told of each batch that is delivered. All four are set before the first `put`.
     """
 
     def __init__(self, name: str, first_ticket: int, max_leases: int, *, slow_s: float, lanes: int = 1) -> None:
@@ -62,6 +66,7 @@ class Consumer:
         self.post: Callable[[events.Event], None] = _nowhere
         self.wake: Callable[[], None] = _not_open
         self.describe: Callable[[int], str] = str
+        self.record: Callable[[int], None] = _unrecorded
         self._slow_s = slow_s
         self._name = name
         self._first_ticket = first_ticket
@@ -146,6 +151,9 @@ class Consumer:
             killpoints.reach("trainer.step.decoded")
             self.post(events.Taken(ticket))  # again after an interrupt: the machine ignores the second
             killpoints.reach("trainer.step.taken")
+            is_batch = not ready.failed and not isinstance(batch, EpochEnd)
+            if is_batch:
+                self.record(ticket)  # after an interrupt twice rather than not at all
             self._next[lane] = ticket + len(self._next)
             self._ready.pop(ticket, None)
             if ready.failed:
@@ -153,7 +161,7 @@ class Consumer:
                 self._failure = to_error(batch, ticket, self._name)
                 self.post(events.Close(failed=True))
                 raise self._failure
-            self._ends += isinstance(batch, EpochEnd)
+            self._ends += not is_batch
             return batch
 
     def _wait_for(self, ticket: int) -> _ReadyBatch:

@@ -34,6 +34,7 @@ from safeloader.pool.life import Life, absent
 from safeloader.pool.memory_watch import MemoryWatch, OomWatch, Ring, fit, growth_nbytes
 from safeloader.pool.relay import Relay
 from safeloader.pool.work import Work
+from safeloader.report.audit import Audit, Header
 from safeloader.report.errand import Errand
 from safeloader.report.stats import WorkerInfo
 from safeloader.ring import codec
@@ -113,6 +114,12 @@ class Pool:
         self.finished = threading.Event()
         self.lives: dict[int, Life] = {}
         self.book = Book(options.name, options.folder)
+        self._audit: Audit | None = None
+        if options.audit:
+            assert options.folder is not None, "`resolve` has seen to it"
+            header = Header(options.name, seed, options.stream, consumer.next_ticket)
+            self._audit = Audit(options.folder, header)
+            consumer.record = self._audit.delivered
         self.machine = machine.Machine(
             limits, first_ticket=consumer.next_ticket, quarantined=dict.fromkeys([*quarantined, *self.book.quarantined])
         )
@@ -256,6 +263,8 @@ class Pool:
             if self.packed is not None:
                 self.packed[0].close()
         self.book.close()  # without the lock: it may wait for a moment
+        if self._audit is not None:
+            self._audit.close()
         self.finished.set()
 
     # ---- any thread ----
@@ -366,6 +375,7 @@ class Pool:
             seed=self.seed,
             stream=self.options.stream,
             course=course,
+            audit=self._audit is not None,
         )
         self._the_host.watch(life)
         self._the_host.request_worker(life, ForkRequest(order, theirs, life.page.fd, stderr_fd, bookmark_fd))
@@ -470,9 +480,11 @@ class Pool:
                 case wire.Ready(cases):
                     self._avoid(life, self.machine.blame.quarantined)
                     said.append(events.Ready(life.worker, life.incarnation, cases))
-                case wire.Done(ticket, slot, cases):
+                case wire.Done(ticket, slot, cases, checksum, parts):
                     if self._to_measure and life.pid is not None:
                         self._makers[ticket] = life.pid
+                    if self._audit is not None and checksum is not None:
+                        self._audit.made(ticket, cases, checksum, parts)
                     said.append(events.Finished(life.worker, life.incarnation, ticket, slot, cases))
                 case wire.Failed(ticket, slot):
                     said.append(self._failed(life, ticket, slot))

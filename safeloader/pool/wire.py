@@ -77,6 +77,7 @@ class Fork(Message):
     cwd: str | None
     seed: int
     stream: int
+    audit: bool
     course: Course | None = None
 
 
@@ -182,12 +183,15 @@ class Ready(Message):
 class Done(Message):
     """Worker → trainer: the slot holds the ticket's batch. The slot is the trainer's from here on.
 
-    `cases` are those of the batch, where they are known.
+    `cases` are those of the batch, where they are known. `checksum` is that of its content and `parts` those of its
+    parts (name, checksum), if an audit is asked for: see `ring.digest`, which keeps them few and short.
     """
 
     ticket: int
     slot: int
     cases: tuple[str, ...]
+    checksum: str | None = None
+    parts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from safeloader.pool.seeding import seed_everything
 from safeloader.pool.work import EpochEnd, Work
 from safeloader.ring import codec
 from safeloader.ring.bookmark import Bookmark
+from safeloader.ring.digest import digest
 from safeloader.ring.memfile import MemoryFile
 from safeloader.ring.status_page import Stage, StatusPage
 
@@ -152,7 +153,7 @@ class _Worker:
             killpoints.reach("worker.step.encoded")
             if self._course is not None:
                 self._course.made()
-            done: wire.Message = wire.Done(ticket, slot, self._cases.batch)
+            done: wire.Message = self._done(batch, ticket, slot)
         except BaseException as error:  # noqa: BLE001 - the worker's outermost boundary: the trainer raises it
             record = self._record(error, batch)
             codec.encode(record, self._slots[slot], ticket, by_value=self._by_value)
@@ -166,6 +167,13 @@ class _Worker:
         self._channel.send(done)
         if isinstance(done, wire.Failed) and inspect.isgenerator(self._work.loader):
             os._exit(ExitCode.SPENT)
+
+    def _done(self, batch: Any, ticket: int, slot: int) -> wire.Done:
+        """The batch is encoded: so what can't be pickled was found and said before it gets a checksum."""
+        if not self._order.audit:
+            return wire.Done(ticket, slot, self._cases.batch)
+        known = digest(batch)
+        return wire.Done(ticket, slot, self._cases.batch, known.checksum, known.parts)
 
     def _make(self, attempt: int) -> Any:
         batch = self._load(attempt)

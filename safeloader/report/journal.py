@@ -1,7 +1,7 @@
-"""The journal: what happened to the workers, one line of JSON each, in a file of the run's folder.
+"""The journal: what happened to the workers, or which batches there were: a line of JSON each, in the run's folder.
 
-    write(record) ─► queue (at most 1,000) ─► the writer thread: open, statvfs, one write(2), close ─► file
-        returns at once                       lives only while there is something to write
+    write(record) ─► queue (of limited size) ─► the writer thread: open, statvfs, one write(2), close ─► file
+        returns at once                         lives only while there is something to write
 
 The folder may lie on the very storage whose stall is being recorded, so whoever writes never waits for it: opening,
 asking for free space and writing happen in a daemon thread that nobody joins. What can't be written stays queued and
@@ -54,12 +54,23 @@ class Journal:
     Every line also gets `disk_free_nbytes`: what this user could still write on that file system when the line was
     written, or None if unknown; and `records_left_out`, if records before it were.
 
+    Args:
+        path: the file.
+        what: what a record is about, for the line that says that it can't be written.
+        max_queued: records kept while the file can't be written; further ones are counted and left out.
+        disk_free: whether lines get `disk_free_nbytes`.
+
     Attributes:
         path: the file, absolute. It is made when there is something to write; its folder too, once.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, *, what: str = "an incident", max_queued: int = MAX_QUEUED, disk_free: bool = True
+    ) -> None:
         self.path = path.absolute()
+        self._what = what
+        self._max_queued = max_queued
+        self._disk_free = disk_free
         self._pid = os.getpid()
         self._queue: deque[dict[str, Any]] = deque()  # appended to by the caller, taken from by the thread
         self._left_out = 0
@@ -80,7 +91,7 @@ class Journal:
         """
         if os.getpid() != self._pid:
             return
-        if len(self._queue) >= MAX_QUEUED:
+        if len(self._queue) >= self._max_queued:
             self._left_out += 1
         else:
             line = {str(key): _plain(value) for key, value in record.items()}
@@ -96,6 +107,13 @@ class Journal:
         if self._queue:
             self._errand.go()
         return self._errand.wait(timeout_s) and not self._queue
+
+    def close(self, timeout_s: float) -> bool:
+        """`flush` for the last time: if no record came after those left out, a line of its own says how many."""
+        if os.getpid() == self._pid and self._left_out:
+            left_out, self._left_out = self._left_out, 0
+            self._queue.append({"records_left_out": left_out})
+        return self.flush(timeout_s)
 
     # ---- the thread ----
 
@@ -113,7 +131,8 @@ class Journal:
     def _append(self, record: dict[str, Any]) -> None:
         fd = self._open()
         try:
-            line = json.dumps({**record, "disk_free_nbytes": _free_nbytes(fd)}, ensure_ascii=False, allow_nan=False)
+            free = {"disk_free_nbytes": _free_nbytes(fd)} if self._disk_free else {}
+            line = json.dumps({**record, **free}, ensure_ascii=False, allow_nan=False)
             encoded = line.encode(errors="backslashreplace") + b"\n"  # a lone surrogate becomes JSON's own escape
             cut = self._last_line_is_cut(fd)
             # One write a line, so that the lines of several processes don't mix. After a short write it is not the
@@ -156,13 +175,14 @@ class Journal:
         code = errno.errorcode.get(error.errno or 0, "no error number")
         advice = _ADVICE.get(error.errno or 0, _ADVICE_OTHERWISE)
         logger.warning(
-            "SafeLoader: the record of an incident can't be written to %s: %s (%s). Training goes on; %d of at most "
-            "%d are kept and tried again with the next incident. %s",
+            "SafeLoader: the record of %s can't be written to %s: %s (%s). Training goes on; %d of at most %d are kept "
+            "and tried again with the next one. %s",
+            self._what,
             self.path,
             error.strerror or error,
             code,
             len(self._queue),
-            MAX_QUEUED,
+            self._max_queued,
             advice,
         )
 
