@@ -21,8 +21,9 @@ _OTHER_CASES: Final = (
 )
 _OTHER_CONTENT: Final = (
     "Look at what the loader or a transform takes from elsewhere than the generators that are seeded for each batch: "
-    "the worker's number (thread_id), the time, what it keeps from batch to batch, a generator of its own; and at "
-    "files that have changed, other versions, or another kind of CPU."
+    "the worker's number (thread_id), the time, what it keeps from batch to batch, a generator of its own, "
+    "which of two ways is the faster (nnU-Net's GaussianBlurTransform with benchmark=True differs in rounding for it); "
+    "and at files that have changed, other versions, or another kind of CPU."
 )
 _OTHER_SEEDS: Final = "Their batches have to differ: to compare trainings, give both the same SAFELOADER_SEED."
 _OTHER_LOADERS: Final = "Each loader of a seed has its own: compare training with training, and a rank with itself."
@@ -121,7 +122,9 @@ def _in_words(pool: str, comparison: Comparison) -> Iterator[str]:
 
 
 def _difference(pool: str, comparison: Comparison, first: Difference) -> Iterator[str]:
-    before = f"the {first.before} before it are the same" if first.before else "none before it is the same in both"
+    before = {0: "none before it is the same in both", 1: "the one before it is the same"}.get(
+        first.before, f"the {first.before} before it are the same"
+    )
     yield f"{pool}: ticket {first.ticket} is the first that differs; {before}."
     if first.a is None or first.b is None:
         yield from _missing(comparison, first)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
@@ -17,7 +18,9 @@ from safeloader.ring.status_page import Stage
 
 _MAX_CASE_CHARS: Final = 200
 _MAX_CASES: Final = 256
-"""Cases of one batch that the trainer is told of: a message must stay small."""
+_MAX_CASES_NBYTES: Final = 32 << 10
+"""Cases of one batch that the trainer is told of, and how long their names may be together: a message must stay
+small."""
 
 
 class PassOver(BaseException):
@@ -81,7 +84,9 @@ class Cases:
     @property
     def batch(self) -> tuple[str, ...]:
         """The cases of the present draw, each once, as far as they are known."""
-        return tuple(dict.fromkeys(self._batch))[:_MAX_CASES]
+        named = list(dict.fromkeys(self._batch))[:_MAX_CASES]
+        ends = itertools.accumulate(len(name.encode(errors="replace")) for name in named)
+        return tuple(name for name, end in zip(named, ends, strict=True) if end <= _MAX_CASES_NBYTES)
 
     def made(self, batch: Any) -> None:
         """The loader has returned this: it names its cases itself, where it is one of nnU-Net's kind."""

@@ -10,6 +10,7 @@ import pytest
 from safeloader.faults.cpus import CpuBudget
 from safeloader.nnunet.loaders import WorkerCount, namespaces, replaced, stream_number
 from safeloader.nnunet.mixin import SafeLoaderMixin, checkpoint_trainer_name
+from safeloader.pool.book import INCIDENTS_FILE
 
 
 class Base:
@@ -108,6 +109,28 @@ def test_a_report_that_can_not_be_written_hides_nothing(tmp_path: Path) -> None:
     with pytest.raises(ArithmeticError, match="the loss is not a number"):
         trainer.run_training()
     assert trainer.log[-1] == "SafeLoader: the report could not be written: [Errno 28] No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("rank", "epoch", "aside"),
+    [
+        (0, 0, [INCIDENTS_FILE, "safeloader_audit_train.jsonl", "safeloader_audit_val.jsonl"]),
+        (1, 0, ["safeloader_audit_train%401.jsonl", "safeloader_audit_val%401.jsonl"]),
+        (0, 1, []),
+    ],
+    ids=["anew", "anew, the second rank", "continued"],
+)
+def test_a_training_that_begins_anew_puts_aside_what_it_would_append_to(
+    rank: int, epoch: int, aside: list[str], tmp_path: Path
+) -> None:
+    audits = [f"safeloader_audit_{loader}{of}.jsonl" for loader in ("train", "val") for of in ("", "%401")]
+    for name in (INCIDENTS_FILE, *audits):
+        (tmp_path / name).write_text(name)
+    trainer: Any = SafeBase(tmp_path)
+    trainer.local_rank, trainer.current_epoch, trainer.is_ddp = rank, epoch, False
+    trainer.get_dataloaders()
+    assert {name for name in (INCIDENTS_FILE, *audits) if not (tmp_path / name).exists()} == set(aside)
+    assert sorted(path.read_text() for path in tmp_path.iterdir()) == sorted([INCIDENTS_FILE, *audits]), "all are kept"
 
 
 def test_a_stream_number_is_given_once() -> None:

@@ -12,8 +12,11 @@ from typing import Any
 
 import pytest
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import blur_dimension as blur
 
 from safeloader import SafeAugmenter
+from safeloader.cli import main
 from tests.nnunet.conftest import MakeTrainer
 
 
@@ -89,6 +92,33 @@ class TestLoaders:
         with pytest.raises(OSError, match="the second disk is gone"):
             trainer.get_dataloaders()
         assert all(loader.workers() == () for loader in trainer.built)
+
+
+class TestAudit:
+    def test_two_trainings_of_one_seed_say_that_they_were_given_the_same(
+        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("SAFELOADER_SEED", "7")
+        monkeypatch.setenv("SAFELOADER_AUDIT", "1")
+        # It times two ways, and keeps the faster: the one source of other bits.
+        monkeypatch.setattr(GaussianBlurTransform, "_benchmark_wrapper", lambda _self, image, *how: blur(image, *how))
+        monkeypatch.setenv("SAFELOADER_START_METHOD", "forked")  # so that the workers have this patch
+        folders = []
+        for workers in (1, 2):
+            monkeypatch.setenv("nnUNet_n_proc_DA", str(workers))
+            trainer = make_trainer()
+            for loader in trainer.get_dataloaders():
+                for _ in range(8):
+                    next(loader)
+            trainer._safeloader.close()
+            folders.append(trainer.output_folder)
+        assert main(["audit", *folders]) == 0
+        said = capsys.readouterr().out.splitlines()
+        # nnU-Net has taken the first batch of both itself.
+        assert said[-2:] == [
+            "train: the same: 9 tickets, 0 to 8 (seed 7, stream 0).",
+            "val: the same: 9 tickets, 0 to 8 (seed 7, stream 1).",
+        ]
 
 
 class TestCheckpoint:

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from safeloader.pool import wire
 from safeloader.ring import codec
 from safeloader.ring.digest import MAX_PARTS, checksum, digest, parts
 from safeloader.ring.memfile import MemoryFile
@@ -323,3 +324,10 @@ def test_parts_are_few_and_their_names_short() -> None:
         place = min(number, MAX_PARTS - 1)
         assert [i for i, name in enumerate(found) if found[name] != parts(changed)[name]] == [place]
     assert list(parts({1: 0, "1": 0, (2,): 0})) == ["1", "1 #1", "tuple"]
+
+
+def test_what_a_worker_says_of_a_batch_stays_a_small_message() -> None:
+    known = digest({f"{number:0200}": number for number in range(1000)})
+    cases = tuple(f"{number:0200}" for number in range(256))
+    packet = pickle.dumps(wire.Done(10**9, 10**3, cases, known.checksum, known.parts), protocol=5)
+    assert len(packet) < wire.MAX_PACKET_NBYTES * 3 / 4

@@ -373,6 +373,29 @@ def test_what_was_left_out_meanwhile_is_counted(tmp_path: Path) -> None:
     assert [record.get("records_left_out") for record in records[-2:]] == [7, None]
 
 
+def test_what_was_left_out_at_the_end_has_a_line_of_its_own(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "folder" / "j.jsonl", max_queued=2, disk_free=False)
+    journal._may_make_folder = False  # so nothing can be written
+    for number in range(5):
+        journal.write({"number": number})
+    assert not journal.flush(5)
+    (tmp_path / "folder").mkdir()
+    assert journal.close(5)
+    expected = [{"number": 0}, {"number": 1}, {"records_left_out": 3}]
+    assert lines(journal.path) == expected
+    assert journal.close(5)
+    assert lines(journal.path) == expected, "it is said once"
+
+
+def test_the_warning_says_what_the_record_is_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(tmp_path / "not" / "mounted" / "j.jsonl", what="a delivered batch", max_queued=50)
+    journal.write({})
+    assert not journal.flush(5)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("SafeLoader: the record of a delivered batch can't be written to ")
+    assert "1 of at most 50 are kept and tried again with the next one." in warning
+
+
 def test_in_a_forked_child_nothing_happens(path: Path) -> None:
     journal = Journal(path)
     assert journal._errand._busy.acquire()  # as if the thread were at work: it does not exist in the child
