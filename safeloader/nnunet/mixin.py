@@ -74,7 +74,7 @@ class SafeLoaderMixin(_Trainer):
             for file in _of_an_earlier_run(self.local_rank):
                 put_aside(Path(self.output_folder) / file)
         states = self._states_to_go_on_with()
-        seed = shared_seed(self.is_ddp) if states is None else states.seed
+        seed = shared_seed(self._given_seed(), is_ddp=self.is_ddp) if states is None else states.seed
         factory = LoaderFactory(self.local_rank, world_size, self.output_folder, seed, states)
         cpus = available_cpus()
         with safe_loaders(type(self), factory, cpus, self.print_to_log_file):
@@ -138,13 +138,17 @@ class SafeLoaderMixin(_Trainer):
         named = isinstance(filename_or_checkpoint, (str, os.PathLike))
         self._continued = Path(filename_or_checkpoint) if named else None
 
+    def _given_seed(self) -> int | None:
+        """`SAFELOADER_SEED`, if it is set."""
+        return resolve({"folder": self.output_folder}).seed
+
     def _states_to_go_on_with(self) -> StreamStates | None:
         """Where the streams stood in the checkpoint that this training continues; None if they begin anew."""
         if self._continued is None or self.current_epoch == 0:
             return None
         try:
             states = recall(self._continued, self.current_epoch)
-            wanted = resolve({}).seed
+            wanted = self._given_seed()
             if wanted not in (None, states.seed):
                 raise NoStateError(f"SAFELOADER_SEED={wanted} asks for another stream than that of seed {states.seed}")
         except NoStateError as reason:
@@ -176,9 +180,8 @@ class SafeLoaderMixin(_Trainer):
             self.print_to_log_file(f"SafeLoader: the report could not be written: {error}")
 
 
-def shared_seed(is_ddp: bool) -> int:
-    """The root seed of a new training: `SAFELOADER_SEED`, or a number that was drawn, the same for all DDP ranks."""
-    given = resolve({}).seed
+def shared_seed(given: int | None, *, is_ddp: bool) -> int:
+    """The root seed of a new training: the given one, or a number that is drawn; the same for all DDP ranks."""
     seed = root_seed(None) if given is None else given
     if is_ddp:
         shared = [seed]

@@ -141,7 +141,7 @@ import sys
 from torch import distributed
 from safeloader.nnunet.mixin import shared_seed
 distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=int(sys.argv[2]), world_size=2)
-print(shared_seed(is_ddp=True))
+print(shared_seed(None, is_ddp=True))
 distributed.destroy_process_group()
 """
 

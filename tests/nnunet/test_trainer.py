@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
-from batchgeneratorsv2.transforms.noise.gaussian_blur import blur_dimension as blur
 
 from safeloader import SafeAugmenter
 from safeloader.cli import main
@@ -100,9 +98,6 @@ class TestAudit:
     ) -> None:
         monkeypatch.setenv("SAFELOADER_SEED", "7")
         monkeypatch.setenv("SAFELOADER_AUDIT", "1")
-        # It times two ways, and keeps the faster: the one source of other bits.
-        monkeypatch.setattr(GaussianBlurTransform, "_benchmark_wrapper", lambda _self, image, *how: blur(image, *how))
-        monkeypatch.setenv("SAFELOADER_START_METHOD", "forked")  # so that the workers have this patch
         folders = []
         for workers in (1, 2):
             monkeypatch.setenv("nnUNet_n_proc_DA", str(workers))
