@@ -1,4 +1,4 @@
-"""Faults to order: for our tests, for the demo, and for users who want to see what their pipeline survives.
+"""Faults to order, and proofs to ask for: for our tests, the demo, and users who want to know about their pipeline.
 
 with SafeAugmenter(loader, None, 4, on_bad_case="retry") as batches:  # chance is nobody's fault
     killer = Killer(batches, seed=1)
@@ -9,14 +9,22 @@ with SafeAugmenter(loader, None, 4, on_bad_case="retry") as batches:  # chance i
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
+import itertools
 import os
 import random
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from safeloader.augmenter import SafeAugmenter
+from safeloader.pool.supervisor import Supervisor
+from safeloader.ring.digest import Digest, digest
 from safeloader.runner import PoolRunner
 
 DEADLY: Final = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)
@@ -35,6 +43,85 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float = 10.0, what: 
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not come true within {timeout_s:g} s")
         time.sleep(_LOOK_EVERY_S)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A ticket that two workers made differently.
+
+    Attributes:
+        ticket: which. cases: the two batches', where they name them.
+        parts: the keys of the batch that are not the same.
+    """
+
+    ticket: int
+    cases: tuple[tuple[str, ...], tuple[str, ...]]
+    parts: tuple[str, ...]
+
+
+def make_twice(
+    loader: Any,
+    transform: Callable[..., Any] | None = None,
+    *,
+    tickets: int = 20,
+    seed: int = 1,
+    **options: Any,
+) -> list[Difference]:
+    """Make the stream's first tickets twice, and compare them bit for bit.
+
+    First one worker makes all of them, one after the other. Then each is made once more, the last one first, by a
+    worker of its own that is told to be the next one (`thread_id` 1). Whatever a batch depends on beside its seed shows
+    as a difference: a loader that counts its calls, reads the clock, asks for its `thread_id`, or makes itself a
+    generator for each batch.
+
+    Args:
+        loader: an infinite iterator of batches.
+        transform: what follows it, or None.
+        tickets: how many.
+        seed: the root seed.
+        options: of `SafeAugmenter`.
+
+    Returns:
+        What differs, in order; nothing if the seed is all that these batches depend on.
+    """
+    with Supervisor.hold():
+        with SafeAugmenter(loader, transform, 1, 1, seed=seed, **options) as augmenter:
+            once = [_seen(batch) for batch in itertools.islice(augmenter, tickets)]
+        with SafeAugmenter(_as_the_next_worker(loader), transform, 1, 1, seed=seed, **options) as augmenter:
+            again = {}
+            for ticket in reversed(range(tickets)):
+                augmenter.load_state_dict({**augmenter.state_dict(), "next_ticket": ticket})
+                again[ticket] = _seen(next(augmenter))
+    return [
+        Difference(ticket, (cases, again[ticket][0]), _unlike(made, again[ticket][1]))
+        for ticket, (cases, made) in enumerate(once)
+        if made != again[ticket][1]
+    ]
+
+
+def _seen(batch: Any) -> tuple[tuple[str, ...], Digest]:
+    keys = batch.get("keys") if isinstance(batch, dict) else None
+    return tuple(map(str, () if keys is None else keys)), digest(batch)
+
+
+def _as_the_next_worker(loader: Any) -> Any:
+    """A copy that takes itself for the next worker's, where it can be told which it is."""
+    if not hasattr(loader, "set_thread_id"):
+        return loader
+    other = copy.copy(loader)
+    with contextlib.suppress(AttributeError):  # one with __slots__ is told the truth
+        other.set_thread_id = functools.partial(_tell_next, other.set_thread_id)
+    return other
+
+
+def _tell_next(set_thread_id: Callable[[int], None], thread_id: int) -> None:
+    set_thread_id(thread_id + 1)
+
+
+def _unlike(one: Digest, other: Digest) -> tuple[str, ...]:
+    first, second = dict(one.parts), dict(other.parts)
+    names = dict.fromkeys([*first, *second])
+    return tuple(name for name in names if first.get(name) != second.get(name))
 
 
 class Killer:
