@@ -10,13 +10,10 @@ process; the contestants take turns.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import multiprocessing
-import platform
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +25,7 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 
+from benchmarks.common import in_a_fresh_process, write
 from safeloader import SafeAugmenter
 
 _WARM_UP = 15
@@ -144,28 +142,6 @@ def memcpy_gb_per_s(processes: int, nbytes: int) -> float:
     return round(total, 3)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures belong to."""
-    cpu = next(
-        (
-            line.partition(":")[2].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "cpu": cpu,
-        "cores": multiprocessing.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "commit": commit.stdout.strip() or None,
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run all rounds, print a table, write CSV and JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -184,10 +160,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     copies = []
     for number in range(arguments.rounds):
         for contestant in CONTESTANTS:
-            command = [sys.executable, "-m", "benchmarks.transport", "--one", contestant, str(number)]
-            command += ["--workers", str(arguments.workers), "--batches", str(arguments.batches)]
-            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            rows.append(Row(**json.loads(printed.splitlines()[-1])))
+            options = ["--workers", str(arguments.workers), "--batches", str(arguments.batches)]
+            rows.append(Row(**in_a_fresh_process("transport", "--one", contestant, str(number), *options)))
             print(rows[-1])
         copies.append(memcpy_gb_per_s(arguments.workers, Constant().nbytes))
 
@@ -201,13 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{column:32} stock {stock:10.3f}   safeloader {safe:10.3f}   ratio {safe / stock if stock else 0:6.3f}")
     print(f"{arguments.workers} processes that only copy: {statistics.median(copies):.3f} GB/s")
 
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    with (arguments.out / "transport.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
-    about = {**machine(), "memcpy_gb_per_s": statistics.median(copies)}
-    (arguments.out / "transport.json").write_text(json.dumps(about, indent=2) + "\n")
+    write(arguments.out, "transport", rows, {"memcpy_gb_per_s": statistics.median(copies)})
     return 0
 
 

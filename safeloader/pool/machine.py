@@ -74,8 +74,12 @@ from safeloader.pool.slots import Slots, SlotState
 from safeloader.pool.strength import Strength, StrengthLimits
 
 TICKETS_AHEAD: Final = 2
-"""Tickets that a worker holds at most: one in work, one so that it need not wait for the trainer. In a lane of its own
-only one: if that fails, it comes again before the next."""
+"""Tickets that a worker holds at most, where batches are quick: one in work, one so that it need not wait for the
+trainer. In a lane of its own only one: if that fails, it comes again before the next."""
+QUICK_S: Final = 0.1
+"""Batches that take longer are given out one at a time. To wait for the trainer's interpreter lock (5 ms) costs little
+then, and a ticket behind a slow one in the same worker would hold up all that come after it: see
+`benchmarks/ordering.py`."""
 DEATHS_IN_A_ROW: Final = 6
 """Deaths of one worker, while others make batches, after which the pool goes on without it for a while."""
 KILL_S: Final = 5.0
@@ -533,7 +537,7 @@ class Machine:
         return self._workers[lane.number :: len(self._lanes)]
 
     def _least_loaded(self, lane: Lane) -> _Worker | None:
-        ahead = 1 if lane.ordered else TICKETS_AHEAD
+        ahead = 1 if lane.ordered or self._patience.typical_s > QUICK_S else TICKETS_AHEAD
         ready = [
             w
             for w in self._of(lane)

@@ -14,6 +14,8 @@ from typing import Final
 
 _REMEMBERED: Final = 1000
 """Batches that the percentile is taken over."""
+_TYPICAL: Final = 50
+"""Batches over which `typical_s` is a (fading) mean."""
 _FACTOR: Final = 20.0
 _LEAST_S: Final = 120.0
 
@@ -34,17 +36,23 @@ class HangLimits:
 
 
 class Patience:
-    """The deadline of one pool."""
+    """The deadline of one pool.
+
+    Attributes:
+        typical_s: how long a batch takes; 0 before there was one.
+    """
 
     def __init__(self, limits: HangLimits) -> None:
         self._limits = limits
         self._took: deque[float] = deque(maxlen=_REMEMBERED)
         self._percentile_s = 0.0
         self._stale = 0
+        self.typical_s = 0.0
 
     def took(self, seconds: float) -> None:
         """A batch was made in so many seconds."""
         self._took.append(seconds)
+        self.typical_s += (seconds - self.typical_s) / min(len(self._took), _TYPICAL)
         self._stale += 1
         if seconds > self._percentile_s or self._stale >= _REMEMBERED // 10:
             self._stale = 0

@@ -68,3 +68,10 @@ def test_the_cap_is_above_everything(fixed_s: float | None) -> None:
     """NCCL ends a distributed training after 600 s, so nothing may wait for long there."""
     capped = patience(*[100.0] * 100, limits=HangLimits(fixed_s=fixed_s, first_s=1000.0, most_s=240.0))
     assert capped.allowed_s(first=True) == capped.allowed_s(first=False) == 240.0
+
+
+def test_the_typical_time_follows_the_latest_batches() -> None:
+    assert patience().typical_s == 0.0
+    assert patience(1.0).typical_s == 1.0
+    assert patience(1.0, 3.0).typical_s == 2.0
+    assert patience(1.0, *[0.01] * 500).typical_s == pytest.approx(0.01, rel=0.1)
