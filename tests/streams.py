@@ -57,7 +57,6 @@ def read_stream(
     tickets: int,
     val_tickets: int = 3,
     kill_every: int | None = None,
-    note: Callable[[int, str], None] = lambda ticket, digest: None,
 ) -> Stream:
     """Have a trainer of its own build its loaders, as `nnUNetv2_train` does, and read from them.
 
@@ -69,7 +68,6 @@ def read_stream(
         workers: of the training; the validation has half as many.
         tickets: training batches to read. val_tickets: validation batches.
         kill_every: after so many training batches a worker is killed, each time by another signal.
-        note: called with each training ticket and its digest.
     """
     environment = {"nnUNet_n_proc_DA": str(workers), "SAFELOADER_SEED": str(SEED), "SAFELOADER_ON_BAD_CASE": "retry"}
     for name, value in workspace.environment(environment).items():
@@ -89,7 +87,6 @@ def read_stream(
         killer, digests = Killer(train, seed=workers, signals=DEADLY), []
         for ticket in range(1, tickets + 1):
             digests.append(digest(next(train)))
-            note(ticket, digests[-1])
             if kill_every is not None and ticket % kill_every == 0:
                 wait_until(killer.strike, what="a worker that can be killed")
         restarts = train.report().restarts
