@@ -22,7 +22,7 @@ _OTHER_CASES: Final = (
 _OTHER_CONTENT: Final = (
     "Look at what the loader or a transform takes from elsewhere than the generators that are seeded for each batch: "
     "the worker's number (thread_id), the time, what it keeps from batch to batch, a generator of its own, "
-    "which of two ways is the faster (nnU-Net's GaussianBlurTransform with benchmark=True differs in rounding for it); "
+    "which of two ways is the faster; "
     "and at files that have changed, other versions, or another kind of CPU."
 )
 _OTHER_SEEDS: Final = "Their batches have to differ: to compare trainings, give both the same SAFELOADER_SEED."

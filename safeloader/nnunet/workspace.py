@@ -79,11 +79,12 @@ class Workspace:
             **(extra or {}),
         }
 
-    def preprocess_command(self) -> list[str]:
-        """nnU-Net's fingerprint, plans and preprocessing of the dataset, for `3d_fullres`."""
+    def preprocess_command(self, *configurations: str) -> list[str]:
+        """nnU-Net's fingerprint, plans and preprocessing of the dataset; of `3d_fullres` if none is named."""
         processes = str(self.processes)
         number = self.dataset.removeprefix("Dataset")[:3]
-        options = ["-d", number, "-c", "3d_fullres", "-npfp", processes, "-np", processes, "--no_pbar"]
+        names = configurations or ("3d_fullres",)
+        options = ["-d", number, "-c", *names, "-npfp", processes, "-np", processes, "--no_pbar"]
         return [nnunet_executable("nnUNetv2_plan_and_preprocess"), *options]
 
     def train_command(self, trainer: str, *options: str, device: str = "cpu") -> list[str]:

@@ -32,11 +32,11 @@ def _our_safeloader_in_subprocesses() -> None:
 
 @pytest.fixture(scope="session")
 def brain_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """The preprocessed dataset, with the configuration `3d_small`. Train in a `make_workspace` of it."""
+    """The dataset preprocessed in 2D and 3D, with the configuration `3d_small`. Train in a `make_workspace` of it."""
     # One process: each that nnU-Net spawns imports all of it first, which takes longer than its work on this dataset.
     workspace = Workspace(tmp_path_factory.mktemp("brain"), DATASET_NAME, processes=1)
     write_dataset(workspace.raw, cases=CASES, resolution_mm=6)
-    command = workspace.preprocess_command()
+    command = workspace.preprocess_command("2d", "3d_fullres")
     subprocess.run(command, env=workspace.environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
     workspace.add_small_configuration(patch=(24, 32, 24), features=(4, 8, 16))
     return workspace
