@@ -21,9 +21,9 @@ _OTHER_CASES: Final = (
 )
 _OTHER_CONTENT: Final = (
     "Look at what the loader or a transform takes from elsewhere than the generators that are seeded for each batch: "
-    "the worker's number (thread_id), the time, what it keeps from batch to batch, a generator of its own, "
-    "which of two ways is the faster; "
-    "and at files that have changed, other versions, or another kind of CPU."
+    "the worker's number (thread_id), the time, what it keeps from batch to batch, a generator that is made anew for "
+    "each batch (`safeloader check` finds such things); and at files that have changed, other versions, or another "
+    "kind of CPU."
 )
 _OTHER_SEEDS: Final = "Their batches have to differ: to compare trainings, give both the same SAFELOADER_SEED."
 _OTHER_LOADERS: Final = "Each loader of a seed has its own: compare training with training, and a rank with itself."

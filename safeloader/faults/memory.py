@@ -187,7 +187,7 @@ def worker_nbytes(pid: int, system: Path = Path("/")) -> int | None:
     there once, however many workers there are. A slot that nobody else has touched yet looks private, so memory files
     are left out by name; `ring_nbytes` of `workers_that_fit` is for those.
 
-    Takes 10 ms for a process that has imported torch: for once in a worker's life. See `resident_nbytes`.
+    Takes 10 ms for a process that has imported torch: for once in a worker's life.
 
     Returns:
         None if the process is gone, or may not be looked at.
@@ -198,17 +198,6 @@ def worker_nbytes(pid: int, system: Path = Path("/")) -> int | None:
     if "VmHWM" not in status or "VmRSS" not in status or not smaps:
         return None
     return parse_private(smaps) + status["VmHWM"] - status["VmRSS"]
-
-
-def resident_nbytes(pid: int, system: Path = Path("/")) -> int | None:
-    """The process's resident memory, shared pages too, in bytes; None if it is gone or a zombie.
-
-    Takes 20 µs: for looking at all workers every few seconds, to see who grows.
-    """
-    fields = read(system / f"proc/{pid}/statm").split()
-    if len(fields) < 2 or fields[1] == "0":
-        return None
-    return int(fields[1]) * resource.getpagesize()
 
 
 def workers_that_fit(
@@ -282,19 +271,6 @@ def _free_descriptors(system: Path) -> int | None:
     except OSError:
         return None
     return None if soft == resource.RLIM_INFINITY else max(0, soft - used)
-
-
-def free_disk_nbytes(folder: Path) -> int | None:
-    """What this user may still write to the folder's file system, in bytes; None if it can't be told.
-
-    It may block for minutes, or for ever, where the folder is on network storage that does not answer: never call it
-    from the supervisor's thread. Quotas are not seen.
-    """
-    try:
-        found = os.statvfs(folder)
-    except OSError:
-        return None
-    return found.f_bavail * found.f_frsize
 
 
 def parse_kb(text: str) -> dict[str, int]:

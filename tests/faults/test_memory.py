@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -117,20 +115,6 @@ def test_with_plenty_all_start_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---- in a cgroup of their own ----
-
-
-@pytest.fixture
-def small_memory() -> Iterator[Path]:
-    """A memory cgroup (v1) of 2 GiB."""
-    cgroup = Path("/sys/fs/cgroup/memory") / f"safeloader-test-{os.getpid()}"
-    try:
-        cgroup.mkdir()
-        (cgroup / "memory.limit_in_bytes").write_text(str(2 << 30))
-    except OSError as error:
-        pytest.skip(f"needs a memory cgroup (v1) that this user may create: {error}")
-    yield cgroup
-    wait_until(lambda: not (cgroup / "cgroup.procs").read_text())
-    cgroup.rmdir()
 
 
 IN_CGROUP = """

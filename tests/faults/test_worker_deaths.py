@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,20 +129,6 @@ def test_a_death_while_idle_costs_no_batch(number: signal.Signals, undisturbed: 
 
 
 # ---- the kernel's own ----
-
-
-@pytest.fixture
-def small_memory() -> Iterator[Path]:
-    """A memory cgroup (v1) of 2 GiB."""
-    cgroup = Path("/sys/fs/cgroup/memory") / f"safeloader-test-{os.getpid()}"
-    try:
-        cgroup.mkdir()
-        (cgroup / "memory.limit_in_bytes").write_text(str(2 << 30))
-    except OSError as error:
-        pytest.skip(f"needs a memory cgroup (v1) that this user may create: {error}")
-    yield cgroup
-    wait_until(lambda: not (cgroup / "cgroup.procs").read_text())
-    cgroup.rmdir()
 
 
 OOM = """

@@ -24,14 +24,6 @@ TICKETS = 20
 KILL_EVERY = 4
 
 
-@pytest.fixture(scope="session")
-def nnunet() -> ModuleType:
-    """The module of our trainer, and with it nnU-Net: before a test counts its descriptors."""
-    import safeloader.nnunet.trainer as module
-
-    return module
-
-
 @pytest.fixture
 def read(
     nnunet: ModuleType, make_workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
