@@ -208,12 +208,13 @@ class SafeMultiThreadedAugmenter(PoolRunner, MultiThreadedAugmenter):  # type: i
         num_processes: workers, at least 1.
         num_cached_per_queue: batches kept ready of each worker, at least 1. The ring has
             num_processes x (1 + 2 x num_cached_per_queue) slots.
-        seeds: None, or one seed per worker, with which it seeds `numpy.random` once, as the stock class does.
+        seeds: None, or one seed per worker, with which it seeds `numpy.random` once, as the stock class does. (`random`
+            and torch's generator, which the stock class leaves alone, are then seeded from all of them.)
         pin_memory: copy tensors into pinned memory, where there is CUDA.
         timeout: a wait of so many seconds gets a line in the log: for whom, whether it lives, and what it is doing. (A
             worker that does not live is replaced, and that needs no time-out.)
         wait_time: accepted for compatibility; nothing here polls.
-        seed: the root seed, for what `seeds` does not give (also `SAFELOADER_SEED`).
+        seed: the root seed, for what `seeds` does not give (default: from `seeds`, or drawn; also `SAFELOADER_SEED`).
         options: see `safeloader.config.OPTIONS`; each has an environment variable, too.
 
     Attributes:
@@ -254,7 +255,7 @@ class SafeMultiThreadedAugmenter(PoolRunner, MultiThreadedAugmenter):  # type: i
             self._stock = MultiThreadedAugmenter(
                 data_loader, transform, num_processes, num_cached_per_queue, seeds, pin_memory, timeout, wait_time
             )
-        self.seed = root_seed(None) if self.options.seed is None else self.options.seed
+        self.seed = root_seed(seeds) if self.options.seed is None else self.options.seed
         self._starts = 0
         self._turn = 0
         self._ended: set[int] = set()  # workers whose epoch has ended
@@ -300,7 +301,7 @@ class SafeMultiThreadedAugmenter(PoolRunner, MultiThreadedAugmenter):  # type: i
             self.generator.was_initialized = False
         self._begin_epoch()
         # The stock class begins anew with each start: the same with `seeds`, another stream without.
-        start, self._starts = self._starts, self._starts + 1
+        start, self._starts = self._starts, self._starts + (None in self.seeds)
         return open_pool(
             Work(self.generator, self.transform),
             capped(self.options),

@@ -70,7 +70,8 @@ class Course:
         seed_everything(self._order.seed, self._order.stream, self._order.worker)
         if self._lane.numpy_seed is not None:
             np.random.seed(self._lane.numpy_seed)
-        self._keep()
+        if self._bookmark.empty:  # else it holds what this incarnation is to go on from
+            self._keep()
 
     def go_to(self, ticket: int, attempt: int) -> bool:
         """Bring everything into the state before the ticket's batch; False if only a new process can.

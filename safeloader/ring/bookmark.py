@@ -59,6 +59,11 @@ class Bookmark:
         """The descriptor, to send to the worker."""
         return self._file.fd
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was ever kept."""
+        return self._read(0) is None and self._read(1) is None
+
     def write(self, number: int, state: bytes) -> None:
         """Keep the state before batch `number`; the one before batch `number` - 2 is forgotten."""
         self._clear(number % 2)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -161,7 +164,58 @@ def test_without_seeds_each_worker_and_each_start_draws_its_own_numbers() -> Non
         assert noise(augmenter) == first, "one seed is enough to have it again"
 
 
+class AllGenerators(Shuffled):
+    def generate_train_batch(self) -> dict[str, Any]:
+        drawn = [np.random.random(), random.random(), torch.rand(1).item()]
+        return {**super().generate_train_batch(), "drawn": drawn}
+
+
+def test_seeds_fix_what_the_stock_class_leaves_alone_as_well() -> None:
+    def epoch(augmenter: SafeMultiThreadedAugmenter) -> list[Any]:
+        return [batch["drawn"] for batch in augmenter]
+
+    with SafeMultiThreadedAugmenter(AllGenerators(12, 2), None, 2, 1, SEEDS[:2]) as augmenter:
+        first = epoch(augmenter)
+        augmenter.restart()
+        assert epoch(augmenter) == first
+    with SafeMultiThreadedAugmenter(AllGenerators(12, 2), None, 2, 1, SEEDS[:2]) as augmenter:
+        assert epoch(augmenter) == first
+    assert len({number for drawn in first for number in drawn}) == 18
+
+
+def test_an_audit_has_a_line_for_each_batch(tmp_path: Path) -> None:
+    with SafeMultiThreadedAugmenter(
+        Shuffled(12, 2), None, 2, 1, SEEDS[:2], audit=True, folder=str(tmp_path)
+    ) as augmenter:
+        batches = [batch for _ in range(2) for batch in augmenter]
+    lines = [json.loads(line) for line in (tmp_path / "safeloader_audit_loader.jsonl").read_text().splitlines()]
+    assert [line["cases"] for line in lines[1:]] == [batch["cases"] for batch in batches]
+
+
 # ---- what goes wrong ----
+
+
+class Counted(Shuffled):
+    """Leaves a byte for each time that it is asked."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(400, 1)
+        self.file = file
+
+    def generate_train_batch(self) -> dict[str, Any]:
+        with self.file.open("ab") as file:
+            file.write(b".")
+        return super().generate_train_batch()
+
+
+def test_a_replacement_takes_up_its_place_and_does_not_begin_again(tmp_path: Path) -> None:
+    with SafeMultiThreadedAugmenter(Counted(tmp_path / "asked"), None, 1, 1, backoff_first_s=0.0) as augmenter:
+        killer, kills = Killer(augmenter, seed=1), 0
+        for number, _ in enumerate(itertools.islice(augmenter, 200)):
+            kills += number % 20 == 19 and killer.strike()
+    asked = (tmp_path / "asked").stat().st_size
+    assert kills >= 9
+    assert asked <= 200 + 3 + kills, "what was being made, and nothing else, is made again"
 
 
 class FailsOnce(Shuffled):
