@@ -172,6 +172,13 @@ def test_the_file_keeps_what_belongs_to_checkpoints_that_are_there(tmp_path: Pat
         resume.recall(best, 2)
 
 
+def test_the_file_is_small(tmp_path: Path) -> None:
+    for name in ("checkpoint_latest.pth", "checkpoint_best.pth", "checkpoint_final.pth"):
+        (tmp_path / name).write_bytes(b"weights")
+        resume.remember(tmp_path / name, 1000, StreamStates(2**63, {"train": 250_001, "val": 50_001}))
+    assert (tmp_path / STATE_FILE).stat().st_size < 1024
+
+
 def edit(before: str, after: str) -> Callable[[Path], object]:
     return lambda path: path.write_text(path.read_text().replace(before, after))
 
