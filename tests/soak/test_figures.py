@@ -249,10 +249,16 @@ GLIBC = "free(): double free detected"
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_each_incident_names_its_cause(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    fault = FAULTS[name]
-    orders = Orders(tmp_path / "orders", {name: fault.deed})
+    fault, struck = FAULTS[name], tmp_path / "struck"
+    orders = Orders(tmp_path / "orders", {name: functools.partial(_note_and_do, struck, fault.deed)})
+    incidents, took = [], []
     with SafeAugmenter(Obedient(orders), None, 2, 2, **OPTIONS) as augmenter:
-        incidents = list(_one_after_another(augmenter, orders, name))
+        for incident in _one_after_another(augmenter, orders, name):
+            incidents.append(incident)
+            assert incident.ticket is not None
+            while augmenter.report().next_ticket <= incident.ticket:
+                next(augmenter)
+            took.append(1000 * (time.monotonic() - float(struck.read_text())))
         report = augmenter.report()
     assert report.incident_counts.pop(fault.kind) == EACH
     assert not report.incident_counts, "nothing else has happened"
@@ -277,7 +283,10 @@ def test_each_incident_names_its_cause(name: str, tmp_path: Path, capfd: pytest.
 
         wait_until(all_told, what="glibc's words on the trainer's stderr")
     with capfd.disabled():
-        print(f"\nfigure: {name}: {EACH} of {EACH} incidents name {_named(fault)}, ticket, stage and case; {_load()}")
+        print(
+            f"\nfigure: {name}: {EACH} of {EACH} incidents name {_named(fault)}, ticket, stage and case; its batch came "
+            f"after {statistics.median(took):.0f} ms (median), {max(took):.0f} ms at most; {_load()}"
+        )
 
 
 def _named(fault: Fault) -> str:
