@@ -591,6 +591,9 @@ class Machine:
         assert len(alive) == len(set(alive)), "a ticket is in one place"
         assert all(self._lane_of(ticket).issued(ticket) for ticket in alive)
         assert len(slots) <= self.limits.slots, "memory is bounded"
+        for lane in self._lanes:
+            free = lane.slots.counts()[SlotState.FREE]
+            assert lane.slots.obtainable == free + self.limits.lane_slots - len(lane.slots)
         if self.state is PoolState.RUNNING:
             assert all(len(lane.lost) <= lane.slots.obtainable for lane in self._lanes), "a slot is kept for each"
             assert 1 <= self.allowed <= self.limits.workers

@@ -38,6 +38,7 @@ class Slots:
     def __init__(self, limit: int, first: int = 0, step: int = 1) -> None:
         self._limit = limit
         self._slots: dict[int, Slot] = {}
+        self._free: dict[int, None] = {}  # those of them that are FREE, the last one to become it last
         self._next, self._step = first, step
 
     def __len__(self) -> int:
@@ -56,21 +57,21 @@ class Slots:
     @property
     def obtainable(self) -> int:
         """How many slots are free, or could be made."""
-        return self.counts()[SlotState.FREE] + self._limit - len(self._slots)
+        return len(self._free) + self._limit - len(self._slots)
 
     def obtain(self) -> tuple[int, bool] | None:
         """A free slot, the last one used if possible, and whether it was made just now; None if there is none."""
-        free = [slot_id for slot_id, slot in self._slots.items() if slot.state is SlotState.FREE]
-        if free:
-            return free[-1], False
+        if self._free:
+            return next(reversed(self._free)), False
         if len(self._slots) >= self._limit:
             return None
         slot_id, self._next = self._next, self._next + self._step
-        self._slots[slot_id] = Slot()
+        self.free(slot_id)
         return slot_id, True
 
     def fill(self, slot: int, worker: int, ticket: int) -> None:
         """FREE → FILLING."""
+        self._free.pop(slot)
         self._slots[slot] = Slot(SlotState.FILLING, worker, ticket)
 
     def ready(self, slot: int, ticket: int) -> None:
@@ -78,8 +79,9 @@ class Slots:
         self._slots[slot] = Slot(SlotState.READY, ticket=ticket)
 
     def free(self, slot: int) -> None:
-        """FILLING → FREE."""
+        """FILLING or LEASED → FREE, or a new one."""
         self._slots[slot] = Slot()
+        self._free[slot] = None
 
     def taken(self, ticket: int) -> None:
         """READY → LEASED; nothing if it was let go already."""
@@ -91,8 +93,9 @@ class Slots:
         """LEASED → FREE; also READY → FREE: it was taken and let go so quickly that `taken` is still to come."""
         known = self._slots.get(slot)
         if known is not None and known.state in (SlotState.READY, SlotState.LEASED):
-            known.state, known.ticket = SlotState.FREE, None
+            self.free(slot)
 
     def discard(self, slot: int) -> None:
         """Forget it."""
         del self._slots[slot]
+        self._free.pop(slot, None)

@@ -284,8 +284,8 @@ def test_each_incident_names_its_cause(name: str, tmp_path: Path, capfd: pytest.
         wait_until(all_told, what="glibc's words on the trainer's stderr")
     with capfd.disabled():
         print(
-            f"\nfigure: {name}: {EACH} of {EACH} incidents name {_named(fault)}, ticket, stage and case; its batch came "
-            f"after {statistics.median(took):.0f} ms (median), {max(took):.0f} ms at most; {_load()}"
+            f"\nfigure: {name}: {EACH} of {EACH} incidents name {_named(fault)}, ticket, stage and case; "
+            f"its batch came after {statistics.median(took):.0f} ms (median), {max(took):.0f} ms at most; {_load()}"
         )
 
 
