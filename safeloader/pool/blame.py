@@ -34,7 +34,8 @@ from safeloader.pool.events import Cause, Failure, Why
 STRIKES: Final = 2
 """Strikes after which a case is quarantined."""
 READ_TRIES: Final = 4
-"""Failures to read that make a strike: with the back-off below, 3.5 s of them."""
+"""Tries to read that make a strike: with the back-off below, 3.5 s of them. What fails on one case before its back-off
+is over, because other tickets have it in hand as well, is the same try."""
 _READ_STRIKE_S: Final = 3.0
 """Deaths of reading that come closer together are one strike: what is being written is whole a moment later."""
 _RAISE_TRIES: Final = 10
@@ -109,6 +110,8 @@ class _Trouble:
     attempt: int = 0
     last: float = 0.0
     tries: int = 0
+    again_at: float = -math.inf  # when the next try to read begins
+    again: bool = False  # the last failure was none of its own
     strikes: int = 0
     struck: float = -math.inf  # what is begun from here on is evidence against the case: see `_strike`
     reading: bool = False
@@ -229,7 +232,8 @@ class Blame:
         trouble = self._troubles.setdefault(ticket if case is None else case, _Trouble(case, now))
         trouble.ticket, trouble.attempt = ticket, self.attempt(ticket)
         trouble.last = now
-        trouble.tries += 1
+        trouble.again = reading and now < trouble.again_at
+        trouble.tries += not trouble.again
         trouble.reading = reading
         trouble.chance = trouble.chance and not reading
         return trouble
@@ -256,6 +260,8 @@ class Blame:
         outage = self._outage(now) if self._successes else None
         if outage is not None:
             return outage
+        if trouble.again:
+            return Verdict(Fate.AGAIN, trouble.again_at - now)
         if self._ordered and self._successes and not trouble.broken and trouble.tries % READ_TRIES == 0:
             outage = self._outage(now, least=1)
             if outage is not None:
@@ -264,7 +270,9 @@ class Blame:
         if not counts:
             return self._undecided(ticket, trouble, now, dead=False)
         if trouble.strikes < STRIKES:
-            return Verdict(Fate.AGAIN, _backoff_s(1 + (trouble.tries - 1) % READ_TRIES))
+            wait_s = _backoff_s(1 + (trouble.tries - 1) % READ_TRIES)
+            trouble.again_at = now + wait_s
+            return Verdict(Fate.AGAIN, wait_s)
         return self._sentence(ticket, trouble, dead=False)
 
     def _persistent(self, ticket: int, trouble: _Trouble, now: float) -> Verdict:

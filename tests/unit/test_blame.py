@@ -186,18 +186,18 @@ def test_a_success_of_the_same_draw_counts_even_if_it_names_no_cases() -> None:
 def test_what_was_begun_before_the_storage_failed_proves_nothing() -> None:
     blame = book()
     for tries in range(2 * READ_TRIES):
-        verdict = blame.failed(1, UNREADABLE, 10.0 + tries)
-        blame.succeeded(900 + tries, ("brain_000",), 10.5 + tries, begun=5.0)
+        verdict = blame.failed(1, UNREADABLE, 10.0 + 5 * tries)
+        blame.succeeded(900 + tries, ("brain_000",), 10.5 + 5 * tries, begun=5.0)
     assert verdict == Verdict(Fate.DRAW_ANEW, case=CASE), "another draw is tried, and nothing quarantined"
     assert not blame.quarantined
 
 
 def test_an_unreadable_ticket_without_a_case_is_raised_in_the_end() -> None:
     blame = book()
-    for _ in range(2 * READ_TRIES - 1):
-        assert blame.failed(1, on(None), 1.0).fate is Fate.AGAIN
-        others_work(blame, 1.0)
-    assert blame.failed(1, on(None), 2.0) == RAISE
+    for tries in range(2 * READ_TRIES - 1):
+        assert blame.failed(1, on(None), 5.0 * tries).fate is Fate.AGAIN
+        others_work(blame, 5.0 * tries)
+    assert blame.failed(1, on(None), 40.0) == RAISE
 
 
 def test_storage_that_fails_for_the_only_ticket_in_work_is_an_outage_in_the_end() -> None:
@@ -300,17 +300,18 @@ def test_raise() -> None:
     assert blame.failed(1, KEY_ERROR, 1.0) == RAISE
     assert blame.died(2, "brain_2", 2.0, Cause.ITSELF) == AGAIN
     assert blame.died(2, "brain_2", 2.0, Cause.ITSELF) == Verdict(Fate.END, why=Why.BAD_CASE, case="brain_2")
-    fates = [blame.failed(3, on("brain_3"), 3.0).fate for _ in range(8)]
+    fates = [blame.failed(3, on("brain_3"), 3.0 + 5.0 * tries).fate for tries in range(8)]
     assert fates == [Fate.AGAIN] * 7 + [Fate.RAISE]
 
 
 def test_retry_changes_nothing_in_the_stream() -> None:
     blame = book(OnBadCase.RETRY)
-    for _ in range(50):
-        assert blame.died(1, CASE, 1.0, Cause.ITSELF).fate is Fate.AGAIN
-        assert blame.failed(2, on("brain_2"), 1.0).fate is Fate.AGAIN
-        others_work(blame, 1.0)
-    assert blame.failed(2, on("brain_2"), 1.0).in_s == 30.0
+    for tries in range(50):
+        now = 40.0 * tries
+        assert blame.died(1, CASE, now, Cause.ITSELF).fate is Fate.AGAIN
+        assert blame.failed(2, on("brain_2"), now).fate is Fate.AGAIN
+        others_work(blame, now)
+    assert blame.failed(2, on("brain_2"), 2000.0).in_s == 30.0
     fates = [blame.failed(3, on("brain_3", KEY_ERROR), 3.0).fate for _ in range(10)]
     assert fates == [Fate.AGAIN] * 9 + [Fate.RAISE], "but a bug does not go away"
     assert blame.attempt(1) == blame.attempt(2) == blame.attempt(3) == 0
@@ -701,4 +702,34 @@ def test_in_a_lane_storage_that_does_not_answer_is_waited_for() -> None:
         now += verdict.in_s
     assert blame.outage_since is not None
     assert blame.succeeded(1, (CASE,), now, begun=now) == pytest.approx(now - 1.0)
+    assert not blame.quarantined
+
+
+# ---- many tickets at once ----
+
+
+def test_many_tickets_that_fail_at_the_same_moment_are_one_try() -> None:
+    """A pool that begins while the storage is away for a moment: few cases, many tickets."""
+    blame = book(worked=False, cases=8)
+    due = [(0.001 * ticket, ticket) for ticket in range(12)]
+    raised_at = None
+    while raised_at is None:
+        now, ticket = min(due)
+        due.remove((now, ticket))
+        verdict = blame.failed(ticket, on(f"brain_{ticket % 3:03}"), now)
+        assert verdict.fate in (Fate.AGAIN, Fate.RAISE)
+        if verdict.fate is Fate.RAISE:
+            raised_at = now
+        due.append((now + verdict.in_s + 0.001, ticket))
+    assert 3.5 <= raised_at < 4.0
+
+
+def test_a_case_that_many_tickets_meet_at_the_same_moment_has_no_strike_for_it() -> None:
+    blame = book()
+    for moment in range(3):
+        for ticket in range(1, 9):
+            now = 0.1 * moment + 0.001 * ticket
+            verdict = blame.failed(ticket, UNREADABLE, now)
+            assert verdict.fate is Fate.AGAIN and verdict.quarantined is None
+            others_work(blame, now)
     assert not blame.quarantined
