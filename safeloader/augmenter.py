@@ -323,6 +323,9 @@ class SafeMultiThreadedAugmenter(PoolRunner, MultiThreadedAugmenter):  # type: i
 
     def restart(self) -> None:
         """End the workers and start new ones, at the beginning of an epoch."""
+        if self._stock is not None:
+            self._stock.restart()
+            return
         with Supervisor.hold():
             self._finish()
             self._start()

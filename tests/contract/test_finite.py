@@ -8,6 +8,7 @@ import json
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,22 @@ def test_an_iterator_without_attributes_goes_on_where_it_was() -> None:
         seen += [batch["n"] for batch in augmenter]
         assert list(augmenter) == [], "an iterator is finished for good"
     assert seen == list(range(8))
+
+
+def test_elsewhere_the_stock_class_runs_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "platform", "sunos5")
+    augmenter = SafeMultiThreadedAugmenter(Shuffled(12, 2), add_noise, 2, 1, SEEDS[:2])
+    assert [record.message for record in caplog.records] == [
+        "SafeLoader needs Linux, and this is sunos5: the stock MultiThreadedAugmenter runs instead, without protection"
+    ]
+    with augmenter:
+        assert [list(augmenter) for _ in range(2)] == stock_epochs(12, 2, 2)
+        augmenter.restart()
+        assert list(augmenter) == stock_epochs(12, 2, 1)[0]
+        assert augmenter.workers() == () and augmenter.report().slots is None
+    assert augmenter._stock is not None and augmenter._stock._processes == []
 
 
 # ---- bad input ----
