@@ -6,6 +6,7 @@ import gc
 import mmap
 import os
 import re
+import signal
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -19,6 +20,10 @@ from safeloader.pool.consumer import Consumer
 from safeloader.pool.supervisor import Supervisor
 from safeloader.testing import wait_until
 from tests.loaders import RandomLoader
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Started in the background of a script: what the tests start would ignore Ctrl-C as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _children() -> set[int]:

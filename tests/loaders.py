@@ -223,10 +223,14 @@ def read_from_stalled_storage() -> None:
         os.open(Path(folder) / "case.b2nd", os.O_RDONLY)
 
 
+_PR_SET_PDEATHSIG = 1
+
+
 def sleep_uninterruptibly() -> None:
     """State D: a parent in vfork waits for its child, and only SIGKILL ends that."""
     libc = ctypes.CDLL(None)
     if libc.vfork() == 0:
+        libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         libc.pause()
 
 

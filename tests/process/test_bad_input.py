@@ -53,7 +53,7 @@ pytestmark = pytest.mark.usefixtures("warm_nursery")
         ({"seed": 1.5}, r"seed=1\.5: expected int \(root seed"),
         ({"max_restart": 3}, r"unknown option 'max_restart': did you mean 'max_restarts'\?"),
         ({"start_methode": "x"}, r"unknown option 'start_methode': did you mean 'start_method'\?"),
-        ({"colour": "red"}, r"unknown option 'colour': there are: backoff_first_s, .*, stream"),
+        ({"colour": "red"}, r"unknown option 'colour': there are: audit, backoff_first_s, .*, stream"),
         ({"start_method": "spawn"}, r"start_method='spawn': expected auto or clean or forked \(auto, clean or forked"),
         ({"max_restarts": -1}, r"max_restarts=-1: must be at least 0 \(deaths allowed"),
         ({"restart_window_s": 0}, r"restart_window_s=0: must be at least 1 s \(window"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 import threading
 import time
@@ -14,10 +15,10 @@ import psutil
 import pytest
 import torch
 
-from safeloader import SafeAugmenter
+from safeloader import SafeAugmenter, SafeMultiThreadedAugmenter
 from safeloader.pool.seeding import seed_everything
 from safeloader.testing import DEADLY, Killer, wait_until
-from tests.loaders import RandomLoader
+from tests.loaders import RandomLoader, Shuffled
 
 BATCHES = 10_000
 SEED = 20
@@ -72,6 +73,42 @@ def test_ten_thousand_batches_with_a_kill_every_fifty(workers: int, undisturbed:
         assert {seen[number] for seen in resources[:10]} & {seen[number] for seen in resources[-10:]}, what
     first, last = (sorted(seen[2] for seen in part)[5] for part in (resources[:10], resources[-10:]))
     assert last - first < 16, f"resident memory grew from {first:.0f} to {last:.0f} MiB"
+
+
+def _epochs(size: int, seeds: list[int], epochs: int) -> list[list[Any]]:
+    """What the workers of the stock class make, in one process: each with its own loader and its own NumPy."""
+    made = []
+    for worker, seed in enumerate(seeds):
+        np.random.seed(seed)
+        loader = Shuffled(size, len(seeds))
+        loader.set_thread_id(worker)
+        made.append([list(loader) for _ in range(epochs)])
+    return [
+        [batch for turn in itertools.zip_longest(*parts) for batch in turn if batch is not None]
+        for parts in zip(*made, strict=True)
+    ]
+
+
+@pytest.mark.soak
+def test_a_thousand_finite_epochs_with_a_kill_every_fifty() -> None:
+    seeds = [1, 2, 3]
+    expected = _epochs(21, seeds, 1000)
+    with SafeMultiThreadedAugmenter(Shuffled(21, 3), None, 3, 2, seeds, on_bad_case="retry") as augmenter:
+        killer, resources = Killer(augmenter, seed=4, signals=DEADLY), []
+        for number, epoch in enumerate(expected):
+            batches = []
+            for batch in augmenter:
+                batches.append(batch)
+                killer.maybe(every=50)
+            assert batches == epoch, f"epoch {number} is not what it should be"
+            if number >= 100:
+                resources.append(_resources())
+        report = augmenter.report()
+    print(f"{len(killer.kills)} kills, {report.batches} batches, {resources[0]} -> {resources[-1]}")
+    assert report.batches == sum(map(len, expected))
+    for number, what in ((0, "file descriptors"), (1, "threads")):
+        assert {seen[number] for seen in resources[:20]} & {seen[number] for seen in resources[-20:]}, what
+    assert resources[-1][2] - resources[0][2] < 16, "resident memory grew"
 
 
 class SizedLoader:
