@@ -20,7 +20,7 @@ READY slots could wait for it for ever.
 Restarts. A death is replaced at once; the same worker's next ones after a growing back-off, until it makes a batch.
 If not all may run, those with the fewest deaths do. A worker that was idle is not evidence against the pool, so it does
 not count towards the intensity, and neither does one beyond those that may run now; of the workers that go down with
-their nursery, one counts.
+their nursery, one counts. Nor does the pool go on without a worker because it dies idle.
 
 Watchdog. A worker that starts, works or was asked to leave must show progress within `patience`. Time during which
 the machine itself was not asked says nothing about the workers, so it does not count.
@@ -81,7 +81,7 @@ QUICK_S: Final = 0.1
 then, and a ticket behind a slow one in the same worker would hold up all that come after it: see
 `benchmarks/ordering.py`."""
 DEATHS_IN_A_ROW: Final = 6
-"""Deaths of one worker, while others make batches, after which the pool goes on without it for a while."""
+"""Deaths of one worker at work, while others make batches, after which the pool goes on without it for a while."""
 KILL_S: Final = 5.0
 """How long a killed worker may take to end; then it is abandoned. (State D: the kernel can't end it.)"""
 HEARTBEAT_S: Final = 5.0
@@ -164,7 +164,7 @@ class _Worker:
     restart_at: float = 0.0
     spent: bool = False  # it left by agreement: the next life is no restart
     assigned: deque[tuple[int, int]] = field(default_factory=deque)  # (ticket, slot), oldest first
-    deaths: deque[float] = field(default_factory=deque)  # since its last batch
+    deaths: deque[tuple[float, bool]] = field(default_factory=deque)  # since its last batch: when, and was it at work
     fresh: bool = True  # no batch in this life yet
     began: float = 0.0  # what it does now
     since: float = 0.0  # its last sign of progress
@@ -179,6 +179,11 @@ class _Worker:
 
     def begins(self, now: float) -> None:
         self.began = self.since = now
+
+    def died(self, now: float, *, at_work: bool, window_s: float) -> None:
+        while self.deaths and self.deaths[0][0] < now - window_s:
+            self.deaths.popleft()
+        self.deaths.append((now, at_work))
 
 
 class Machine:
@@ -363,7 +368,8 @@ class Machine:
         cause = event.cause if worker.condemned_at is None else Cause.HUNG
         idle_s = now - worker.since if cause is Cause.HUNG else 0.0
         starting = worker.state is WorkerState.STARTING
-        is_evidence = (starting or bool(tickets)) and self._running <= self.allowed
+        at_work = starting or bool(tickets)
+        is_evidence = at_work and self._running <= self.allowed
         for ticket, slot in worker.assigned:
             self._lane_of(ticket).lose(ticket, now)
             self._slots(slot).free(slot)
@@ -384,7 +390,9 @@ class Machine:
         if in_hand is not None and (cause is not Cause.MEMORY or (self.allowed == 1 and self._running == 0)):
             verdict = self.blame.died(in_hand, event.case, now, cause, idle_s=idle_s)
             self._lane_of(in_hand).lose(in_hand, now + verdict.in_s)
-        self._count_death(worker, now, counts=event.counts and is_evidence, starting=starting)
+        worker.died(now, at_work=at_work, window_s=self.limits.window_s)
+        worker.restart_at = now + self._backoff_s(len(worker.deaths))
+        self._count_death(now, counts=event.counts and is_evidence, starting=starting)
         memory = self._strength.one_less(Why.MEMORY, now) if cause is Cause.MEMORY else None
         rung = self._next_rung(worker, now)
         ends = isinstance(rung, GiveUp) or verdict.fate is Fate.END
@@ -400,11 +408,7 @@ class Machine:
         elif in_hand is not None:
             self._carry_out(verdict, in_hand, now)
 
-    def _count_death(self, worker: _Worker, now: float, *, counts: bool, starting: bool) -> None:
-        while worker.deaths and worker.deaths[0] < now - self.limits.window_s:
-            worker.deaths.popleft()
-        worker.deaths.append(now)
-        worker.restart_at = now + self._backoff_s(len(worker.deaths))
+    def _count_death(self, now: float, *, counts: bool, starting: bool) -> None:
         if counts and self.blame.outage_since is None:
             self._strength.died(now, starting=starting)
 
@@ -414,7 +418,7 @@ class Machine:
         if rung is not None:
             for each in self._workers:
                 each.deaths.clear()
-        elif len(worker.deaths) >= DEATHS_IN_A_ROW and self.blame.outage_since is None:
+        elif sum(at_work for _, at_work in worker.deaths) >= DEATHS_IN_A_ROW and self.blame.outage_since is None:
             rung = self._strength.one_less(Why.STARTS, now)
         return rung
 

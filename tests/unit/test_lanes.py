@@ -6,7 +6,7 @@ import pytest
 
 from safeloader.pool import events
 from safeloader.pool.events import Cause, Failure
-from safeloader.pool.machine import QUICK_S, Machine
+from safeloader.pool.machine import DEATHS_IN_A_ROW, QUICK_S, Machine
 from tests.unit.simulation import limits
 
 
@@ -76,3 +76,21 @@ def test_in_lanes_an_oom_kill_takes_no_worker_away() -> None:
     actions = machine.handle(events.Exited(0, 0, Cause.MEMORY, ticket=0), 0.1)
     assert machine.allowed == 2
     assert not any(isinstance(action, events.Resize) for action in actions)
+
+
+def test_a_worker_that_is_killed_while_it_has_nothing_to_do_is_no_reason_to_go_on_without_it() -> None:
+    """The consumer is slow and the ring is full, so it makes no batch in between."""
+    machine, work = running(2, num_cached=1)
+    held = [job for job in work if job.worker == 0]
+    for job in [job for job in work if job.worker == 1]:
+        machine.handle(events.Finished(1, 0, job.ticket, job.slot), 0.1)
+    assert held and not produced(machine.handle(events.Tick(), 0.2)), "the ring is full"
+    for life in range(3 * DEATHS_IN_A_ROW):
+        now = 10.0 * (life + 1)
+        actions = machine.handle(events.Exited(1, life, Cause.OUTSIDE), now)
+        assert not any(isinstance(action, events.Resize) for action in actions)
+        machine.handle(events.Tick(), now + 6.0)
+        machine.handle(events.Ready(1, life + 1), now + 6.1)
+        for slot in [slot_id for slot_id, slot in machine._lanes[0].slots if slot.worker == 0][:1]:
+            assert slot in [job.slot for job in held], "the other one is at work all the time"
+    assert machine.allowed == 2
