@@ -1,40 +1,45 @@
-"""How fast batches get from workers to the trainer: SafeLoader beside the stock class and plain copies.
+"""How fast batches get from workers to the trainer: SafeLoader beside the stock class, its peers and plain copies.
 
-    python -m benchmarks.transport [--rounds 5] [--batches 60] [--workers 2] [--out benchmarks/results]
+    python -m benchmarks.transport [--rounds 5] [--batches 120] [--workers 2] [--out benchmarks/results]
 
-The workers do no other work: each returns the same batch again, so what is measured is transport alone. A batch is
-nnU-Net's for 3d_fullres: 2×1×128³ float32 and five deep-supervision targets of int16. Each measurement is a fresh
-process; the contestants take turns.
+The workers do no other work: each has its batch at hand, so what is measured is transport alone. A batch is nnU-Net's
+for 3d_fullres: 2×1×128³ float32 and five deep-supervision targets of int16. The bound is what as many processes can
+copy at once, each within its own memory: whoever copies each batch once can't be faster.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import resource
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from matplotlib.figure import Figure
 
-from benchmarks.common import in_a_fresh_process, write
-from safeloader import SafeAugmenter
+from benchmarks.common import Benchmark, Size, Table, median, times
+from benchmarks.peers import PEERS
+from benchmarks.plots import bars, by_contestant
 
-_WARM_UP = 15
+_CACHED = 6
+_WARM_UP = 60
 """Batches before the clock starts: every slot has been filled once by then."""
+_READ = 20
+"""Batches that are then read, a byte of each page, for the page faults that this costs."""
+_PAGE_NBYTES = 4096
+_NO_TRANSPORT = "single process"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: the CSV's columns, with units."""
+    """One measurement. CPU and page faults are the trainer's, all its threads together.
+
+    Rate and CPU are of batches that are taken and dropped, page faults of further ones that are read.
+    """
 
     contestant: str
     round: int
@@ -44,19 +49,22 @@ class Row:
     gb_per_s: float
     trainer_cpu_ms_per_batch: float
     trainer_page_faults_per_batch: float
-    first_batch_s: float
 
 
 class Constant:
-    """A loader whose batch is always there."""
+    """A loader whose batch is always there, in new tensors over the same memory.
+
+    torch moves the storage of a tensor that it shares into shared memory for good, so a loader that returned the same
+    tensors again would have the stock class send the same memory again, without a copy. Each of these has a storage of
+    its own, which is copied each time.
+    """
 
     def __init__(self) -> None:
-        sides = [128, 64, 32, 16, 8]
-        self.batch: dict[str, Any] = {
-            "data": torch.randn(2, 1, 128, 128, 128),
-            "target": [torch.randint(0, 3, (2, 1, s, s, s), dtype=torch.int16) for s in sides],
-            "keys": ["case_1", "case_2"],
-        }
+        rng = np.random.default_rng(0)
+        sides = (128, 64, 32, 16, 8)
+        self._data = rng.standard_normal((2, 1, 128, 128, 128), dtype=np.float32)
+        self._target = [rng.integers(0, 3, (2, 1, side, side, side), dtype=np.int16) for side in sides]
+        self.nbytes = self._data.nbytes + sum(target.nbytes for target in self._target)
 
     def set_thread_id(self, thread_id: int) -> None:
         """The stock class asks for it."""
@@ -65,58 +73,17 @@ class Constant:
         return self
 
     def __next__(self) -> dict[str, Any]:
-        # torch moves a tensor that it shares into shared memory for good; the stock class would then send the same
-        # memory again and again without a copy. Real loaders return new tensors.
         return {
-            "data": self.batch["data"].clone(),
-            "target": [target.clone() for target in self.batch["target"]],
-            "keys": self.batch["keys"],
+            "data": torch.from_numpy(self._data),
+            "target": [torch.from_numpy(target) for target in self._target],
+            "keys": ["case_1", "case_2"],
         }
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return int(self.batch["data"].nbytes + sum(target.nbytes for target in self.batch["target"]))
 
-
-def _stock(loader: Constant, workers: int) -> Any:
-    return NonDetMultiThreadedAugmenter(loader, None, workers, 6, None, False, 0.002)
-
-
-def _safe(loader: Constant, workers: int) -> Any:
-    return SafeAugmenter(loader, None, workers, 6, None, False, 0.002)
-
-
-CONTESTANTS: dict[str, Callable[[Constant, int], Any]] = {"stock": _stock, "safeloader": _safe}
-
-
-def measure(contestant: str, number: int, workers: int, batches: int) -> Row:
-    """One measurement, in this process."""
-    torch.set_num_threads(1)
-    loader = Constant()
-    augmenter = CONTESTANTS[contestant](loader, workers)
-    started = time.monotonic()
-    next(augmenter)
-    first_batch_s = time.monotonic() - started
-    for _ in range(_WARM_UP):
-        next(augmenter)
-    before, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
-    for _ in range(batches):
-        next(augmenter)
-    seconds, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF)
-    augmenter._finish()
-    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Row(
-        contestant=contestant,
-        round=number,
-        workers=workers,
-        batches=batches,
-        batch_mb=round(loader.nbytes / 1e6, 2),
-        gb_per_s=round(batches * loader.nbytes / seconds / 1e9, 3),
-        trainer_cpu_ms_per_batch=round(1e3 * cpu_s / batches, 3),
-        trainer_page_faults_per_batch=round((after.ru_minflt - before.ru_minflt) / batches, 1),
-        first_batch_s=round(first_batch_s, 3),
-    )
+def _read(batch: dict[str, Any]) -> int:
+    """A byte of each page of the batch."""
+    tensors = (batch["data"], *batch["target"])
+    return sum(int(tensor.numpy().reshape(-1).view(np.uint8)[::_PAGE_NBYTES].sum()) for tensor in tensors)
 
 
 def _copy(seconds: float, nbytes: int, rates: Any) -> None:
@@ -130,7 +97,7 @@ def _copy(seconds: float, nbytes: int, rates: Any) -> None:
 
 
 def memcpy_gb_per_s(processes: int, nbytes: int) -> float:
-    """What that many processes copy at once: the bound for anything that copies each batch once."""
+    """What that many processes copy at once, in one second."""
     context = multiprocessing.get_context("spawn")
     rates = context.SimpleQueue()
     running = [context.Process(target=_copy, args=(1.0, nbytes, rates)) for _ in range(processes)]
@@ -139,45 +106,87 @@ def memcpy_gb_per_s(processes: int, nbytes: int) -> float:
     total = sum(float(rates.get()) for _ in running)
     for process in running:
         process.join()
-    return round(total, 3)
+    return total
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run all rounds, print a table, write CSV and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=60)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--one", nargs=2, metavar=("CONTESTANT", "ROUND"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.one:
-        contestant, number = arguments.one
-        print(json.dumps(asdict(measure(contestant, int(number), arguments.workers, arguments.batches))))
-        return 0
+class Transport(Benchmark[Row]):
+    """See the module."""
 
-    rows: list[Row] = []
-    copies = []
-    for number in range(arguments.rounds):
-        for contestant in CONTESTANTS:
-            options = ["--workers", str(arguments.workers), "--batches", str(arguments.batches)]
-            rows.append(Row(**in_a_fresh_process("transport", "--one", contestant, str(number), *options)))
-            print(rows[-1])
-        copies.append(memcpy_gb_per_s(arguments.workers, Constant().nbytes))
+    name = "transport"
+    row = Row
+    full: ClassVar[Mapping[str, Size]] = {"rounds": 5, "batches": 300, "workers": 2}
+    tiny: ClassVar[Mapping[str, Size]] = {"rounds": 1, "batches": 3}
 
-    def median(contestant: str, column: str) -> float:
-        return statistics.median(float(getattr(row, column)) for row in rows if row.contestant == contestant)
+    def cases(self, sizes: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Everybody who has something to transport, and the bound."""
+        contestants = [*(name for name in PEERS if name != _NO_TRANSPORT), "memcpy"]
+        return [
+            {"contestant": contestant, "workers": sizes["workers"], "batches": sizes["batches"]}
+            for contestant in contestants
+        ]
 
-    columns = [f.name for f in fields(Row)][5:]
-    print(f"\nmedian of {arguments.rounds} rounds, {arguments.workers} workers, {rows[0].batch_mb} MB a batch")
-    for column in columns:
-        stock, safe = (median(contestant, column) for contestant in CONTESTANTS)
-        print(f"{column:32} stock {stock:10.3f}   safeloader {safe:10.3f}   ratio {safe / stock if stock else 0:6.3f}")
-    print(f"{arguments.workers} processes that only copy: {statistics.median(copies):.3f} GB/s")
+    def measure(self, number: int, **case: Any) -> list[Row]:
+        """Take the batches and drop them."""
+        contestant, workers, batches = case["contestant"], case["workers"], case["batches"]
+        torch.set_num_threads(1)
+        loader = Constant()
+        batch_mb = round(loader.nbytes / 1e6, 2)
+        if contestant == "memcpy":
+            return [
+                Row(contestant, number, workers, 0, batch_mb, round(memcpy_gb_per_s(workers, loader.nbytes), 3), 0, 0)
+            ]
+        running = PEERS[contestant](loader, workers, _CACHED)
+        for _ in range(_WARM_UP):
+            _read(next(running))
+        before, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
+        for _ in range(batches):
+            next(running)
+        seconds, after = time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(_READ):
+            _read(next(running))
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        running.close()
+        cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return [
+            Row(
+                contestant=contestant,
+                round=number,
+                workers=workers,
+                batches=batches,
+                batch_mb=batch_mb,
+                gb_per_s=round(batches * loader.nbytes / seconds / 1e9, 3),
+                trainer_cpu_ms_per_batch=round(1e3 * cpu_s / batches, 3),
+                trainer_page_faults_per_batch=round(faults / _READ, 1),
+            )
+        ]
 
-    write(arguments.out, "transport", rows, {"memcpy_gb_per_s": statistics.median(copies)})
-    return 0
+    def tables(self, rows: Sequence[Row]) -> list[Table]:
+        """All contestants beside the stock class."""
+        stock = median(rows, "gb_per_s", contestant="stock")
+        bound = median(rows, "gb_per_s", contestant="memcpy")
+        lines = []
+        for contestant in dict.fromkeys(row.contestant for row in rows):
+            rate = median(rows, "gb_per_s", contestant=contestant)
+            cpu_ms, faults = (
+                median(rows, column, contestant=contestant)
+                for column in ("trainer_cpu_ms_per_batch", "trainer_page_faults_per_batch")
+            )
+            own = ("–", "–") if contestant == "memcpy" else (f"{cpu_ms:.2f}", f"{faults:.0f}")
+            lines.append((contestant, f"{rate:.2f}", times(rate, stock), f"{rate / bound:.0%}", *own))
+        title = f"Transport of {rows[0].batch_mb} MB batches, {rows[0].workers} workers that do no other work (median)"
+        header = ("", "GB/s", "of stock", "of memcpy", "trainer's CPU, ms/batch", "trainer's page faults/batch")
+        return [Table(title, header, tuple(lines))]
+
+    def draw(self, rows: Sequence[Row], figure: Figure) -> None:
+        """Rates and the trainer's CPU, each round a dot."""
+        left, right = figure.subplots(1, 2)
+        bars(left, by_contestant(rows, "gb_per_s"), "GB/s (more is better)")
+        cpu = by_contestant(rows, "trainer_cpu_ms_per_batch")
+        cpu.pop("memcpy", None)
+        bars(right, cpu, "the trainer's CPU, ms per batch (less is better)")
+        figure.suptitle(f"Transport of {rows[0].batch_mb} MB batches, {rows[0].workers} workers")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Transport().main())

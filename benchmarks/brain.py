@@ -1,0 +1,62 @@
+"""Real data for the benchmarks: the brain that nilearn carries, planned and preprocessed by nnU-Net itself.
+
+Made once and kept in `benchmarks/data/` (or where `SAFELOADER_BENCHMARK_DATA` says): eight cases of 1 mm take about
+two minutes. The tiny one takes 20 s: 6 mm, and a configuration with a small patch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from safeloader.nnunet.brain import DATASET_ID, DATASET_NAME, write_dataset
+from safeloader.nnunet.stock import training_loader
+from safeloader.nnunet.workspace import PLANS, SMALL_CONFIGURATION, Workspace
+
+SIZES: Final[Mapping[str, tuple[int, int]]] = {"full": (8, 1), "tiny": (5, 6)}
+"""Cases, and the edge of a voxel in mm."""
+CONFIGURATIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "full": ("3d_fullres", "2d"),
+    "tiny": (SMALL_CONFIGURATION,),
+}
+"""What nnU-Net plans for them: at 1 mm, 3d_fullres has a patch of 128³ and batches of 2, 2d 256×224 and 57."""
+
+
+def workspace(size: str) -> Workspace:
+    """The preprocessed dataset; made if it is not there yet."""
+    home = Path(os.environ.get("SAFELOADER_BENCHMARK_DATA") or Path(__file__).parent / "data")
+    found = Workspace(home / size, DATASET_NAME)
+    done = found.folder / "done"
+    if not done.exists():
+        cases, resolution_mm = SIZES[size]
+        write_dataset(found.raw, cases=cases, resolution_mm=resolution_mm)
+        command = found.preprocess_command("2d", "3d_fullres")
+        subprocess.run(command, env=found.environment(), check=True, stdout=subprocess.DEVNULL)
+        if size == "tiny":
+            found.add_small_configuration(patch=(24, 32, 24), features=(4, 8, 16))
+        done.touch()
+    return found
+
+
+def loader(size: str, configuration: str, trainer: str = "nnUNetTrainer") -> Any:
+    """Nnu-Net's own training loader, transforms included, as its trainer gives it to an augmenter."""
+    for name, value in workspace(size).environment().items():
+        if name.startswith("nnUNet_"):
+            os.environ[name] = value
+    work = training_loader(str(DATASET_ID), configuration, 0, PLANS, trainer)
+    assert work.transform is None, "from nnunetv2 2.5 on, the loader transforms"
+    return work.loader
+
+
+def batch_size(size: str, configuration: str) -> int:
+    """Samples in a batch."""
+    found = workspace(size)
+    plans = json.loads((found.preprocessed / found.dataset / f"{PLANS}.json").read_text())
+    configurations = plans["configurations"]
+    while "batch_size" not in configurations[configuration]:
+        configuration = configurations[configuration]["inherits_from"]
+    return int(configurations[configuration]["batch_size"])
