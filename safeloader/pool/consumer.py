@@ -43,6 +43,7 @@ def _unrecorded(ticket: int) -> None:
 class _ReadyBatch:
     memory: memoryview
     """Leased: the slot is let go when it and all views on it are."""
+    slot: int
     failed: bool
 
 
@@ -55,7 +56,8 @@ class Consumer:
 
     Attributes:
         wait_s: how long `take` has waited, in seconds, all in all.
-        post: tells the machine what was taken. wake: has `released` asked. describe: says who has a ticket.
+        wants_slots: whether work waits for a slot: only then a lease that ends wakes the supervisor. Set by it.
+        post: tells the machine that the stream has failed. wake: has `news` asked. describe: says who has a ticket.
             record: is told of each batch that is delivered. All four are set before the first `put`.
     """
 
@@ -63,6 +65,7 @@ class Consumer:
         self._next = [first_ticket + lane for lane in range(lanes)]  # tickets, by lane
         self._ends = 0  # how many of those taken were ends of epochs
         self.wait_s = 0.0
+        self.wants_slots = True
         self.post: Callable[[events.Event], None] = _nowhere
         self.wake: Callable[[], None] = _not_open
         self.describe: Callable[[int], str] = str
@@ -74,6 +77,7 @@ class Consumer:
         # Single operations on these are atomic; leases end in any thread.
         self._leases: dict[int, Lease] = {}  # by slot: of what is ready, and of what was taken
         self._ended: deque[Lease] = deque()
+        self._taken: dict[int, int] = {}  # tickets by slot that the machine was not told of yet
         self._ready: dict[int, _ReadyBatch] = {}
         self._errors: list[BaseException] = []
         self._failure: BaseException | None = None  # of a ticket, at its place; the errors come after all tickets
@@ -84,8 +88,8 @@ class Consumer:
 
     def put(self, ticket: int, slot: int, memory: mmap.mmap, *, failed: bool) -> None:
         """A batch (or, `failed`, the record of an exception) is ready."""
-        leased, self._leases[slot] = lease(memory, slot, self._ended, self.wake)
-        self._ready[ticket] = _ReadyBatch(leased, failed)
+        leased, self._leases[slot] = lease(memory, slot, self._ended, self._lease_ended)
+        self._ready[ticket] = _ReadyBatch(leased, slot, failed)
         self._ring()
 
     def fail(self, error: BaseException) -> None:
@@ -116,22 +120,34 @@ class Consumer:
 
     @property
     def ended(self) -> int:
-        """How many leases have ended that `released` has not told of yet."""
+        """How many leases have ended that `news` has not told of yet."""
         return len(self._ended)
 
-    def released(self) -> Iterator[events.Released]:
-        """The leases that have ended since the last call; each is told once."""
+    def news(self) -> Iterator[events.Taken | events.Released]:
+        """What was taken, and the leases that have ended, since the last call; each is told once.
+
+        The training thread does not wake the supervisor for it: two wakes a batch would cost it as much as the batch.
+        It is told with whatever happens next, and a slot's release at once if work waits for it (`wants_slots`).
+        """
         while self._ended:
             slot = self._ended.popleft().slot
             del self._leases[slot]
+            self._taken.pop(slot, None)  # the release says it as well
             killpoints.reach("trainer.step.released")
             yield events.Released(slot)
+        while self._taken:
+            yield events.Taken(self._taken.popitem()[1])
 
     def _ring(self) -> None:
         with contextlib.suppress(RuntimeError):  # it rings already
             self._bell.release()
 
     # ---- the training thread ----
+
+    def _lease_ended(self) -> None:
+        """In any thread, at any moment: see `lease`. Whoever sets `wants_slots` looks at `ended` after it."""
+        if self.wants_slots:
+            self.wake()
 
     def take(self, lane: int = 0) -> Any:
         """The batch of the lane's next ticket; waits for it.
@@ -149,7 +165,7 @@ class Consumer:
             hoarding = taken >= self._max_leases
             batch = codec.decode(codec.private_copy(ready.memory) if hoarding else ready.memory, ticket)
             killpoints.reach("trainer.step.decoded")
-            self.post(events.Taken(ticket))  # again after an interrupt: the machine ignores the second
+            self._taken[ready.slot] = ticket  # again after an interrupt: the machine ignores the second
             killpoints.reach("trainer.step.taken")
             is_batch = not ready.failed and not isinstance(batch, EpochEnd)
             if is_batch:
@@ -167,7 +183,7 @@ class Consumer:
     def _wait_for(self, ticket: int) -> _ReadyBatch:
         started = time.monotonic()
         said = False
-        if ticket not in self._ready:
+        if self._ended and self.wants_slots and ticket not in self._ready:
             self.wake()  # once a wait, not once a ring: a lease's alarm may have got lost before it
         try:
             while (ready := self._ready.get(ticket)) is None:

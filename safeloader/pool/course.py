@@ -24,23 +24,12 @@ import numpy as np
 from safeloader.pool import wire
 from safeloader.pool.cases import Cases, PassOver
 from safeloader.pool.seeding import draw_on, drawn_so_far, seed_everything
-from safeloader.pool.work import ByValuePickler, EpochEnd, Work
+from safeloader.pool.work import Bounded, ByValuePickler, EpochEnd, Work
 from safeloader.ring.bookmark import MAX_STATE_NBYTES, Bookmark
 
 _DATASET: Final = "dataset"
 _MAX_PASSED_OVER: Final = 1000
 """Draws in a row that may all hold a quarantined case."""
-
-
-class _TooLargeError(Exception):
-    """The state exceeds the limit."""
-
-
-class _Bounded(io.BytesIO):
-    def write(self, chunk: Any) -> int:
-        if self.tell() + len(memoryview(chunk).cast("B")) > MAX_STATE_NBYTES:
-            raise _TooLargeError
-        return super().write(chunk)
 
 
 class Course:
@@ -125,7 +114,7 @@ class Course:
         """Keep the present state; what can't be kept once is not tried again."""
         if not self._keeps:
             return
-        out = _Bounded()
+        out = Bounded(MAX_STATE_NBYTES)
         try:
             _Pickler(out, getattr(self.loader, "_data", None)).dump((drawn_so_far(), self._state(), self.transform))
         except Exception:  # noqa: BLE001 - a user's __reduce__ may raise anything; it means: not this one

@@ -244,6 +244,11 @@ class Machine:
         """Whether the pool has ended and no worker is left."""
         return self.state is not PoolState.RUNNING and all(w.state is WorkerState.DOWN for w in self._workers)
 
+    @property
+    def wants_slots(self) -> bool:
+        """Whether a slot that becomes free is given to somebody at once."""
+        return not all(lane.has_new for lane in self._lanes)
+
     def next_wake(self) -> float | None:
         """When a `Tick` will change something, on the caller's clock."""
         wakes = [w.condemned_at + KILL_S for w in self._workers if w.condemned_at is not None]

@@ -60,6 +60,7 @@ def serve(channel: wire.Channel, works: dict[int, Work], *, generation: int, by_
     """
     process.set_title("sl-nursery")
     process.raise_oom_score()
+    process.keep_freed_memory()
     process.leave_stacks(2)
     killpoints.enter("nursery", first_life=generation == 0)
     killpoints.reach("nursery.step.started")

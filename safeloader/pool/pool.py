@@ -85,6 +85,7 @@ class Pool:
         stuck_nurseries: how many did not answer in time, because of its loader or their imports.
         packed: the pickled loader's file and size, for the clean nursery.
         book: its incidents.
+        due: when the machine is to be asked again, whatever happens, on `time.monotonic`'s clock; None is never.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Pool:
         self.consumer = consumer
         self.lock = threading.RLock()
         self.finished = threading.Event()
+        self.due: float | None = None
         self.lives: dict[int, Life] = {}
         self.book = Book(options.name, options.folder)
         self._audit: Audit | None = None
@@ -154,7 +156,7 @@ class Pool:
     def step(self, *happened: events.Event) -> None:
         """Feed the machine and do what it says; what that causes at once is fed as well."""
         with self.lock:
-            queue = deque([*self.consumer.released(), *happened])
+            queue = deque([*self.consumer.news(), *happened])
             while queue:
                 for action in self.machine.handle(queue.popleft(), time.monotonic()):
                     try:
@@ -163,6 +165,11 @@ class Pool:
                         self.consumer.fail(records.out_of_resources(self.name, error))
                         queue.append(events.Close(failed=True))
                         break
+                if not queue:
+                    self.consumer.wants_slots = self.machine.wants_slots
+                    if self.consumer.wants_slots:  # a lease may have ended just before, and have woken nobody
+                        queue.extend(self.consumer.news())
+            self.due = self.machine.next_wake()
             for life in list(self.lives.values()):
                 if self.machine.worker_state(life.worker) is machine.WorkerState.DOWN:
                     self._bury(life)
@@ -170,13 +177,15 @@ class Pool:
                 self.consumer.drop()  # after a failure, what is ready is still delivered
 
     def tick(self) -> None:
-        """Time has passed."""
+        """Time has passed, or the consumer has taken something."""
         self._oom.sample()
         grown = self._memory.grown(self.lives.values())
-        if grown is None:
+        if grown is not None:
+            self.step(events.Grown(grown.worker, grown.incarnation))
+        if self.due is not None and self.due <= time.monotonic():
             self.step(events.Tick())
-        else:
-            self.step(events.Grown(grown.worker, grown.incarnation), events.Tick())
+        elif self.consumer.ended:
+            self.step()
 
     def on_forked(self, message: wire.Forked) -> None:
         """The nursery has made a worker."""

@@ -19,6 +19,8 @@ _OOM_SCORE_ADJ: Final = 500
 """Well above the trainer's usual 0: the kernel takes a worker, which can be replaced, before the trainer."""
 STACKS_SIGNAL: Final = signal.SIGRTMAX - 2
 """Write the Python stacks and end. A real-time signal, since the user's code may use the others."""
+_MALLOC: Final = (("MALLOC_MMAP_THRESHOLD_", -3, 32 << 20), ("MALLOC_TRIM_THRESHOLD_", -1, 256 << 20))
+"""Environment variable, `mallopt`'s number, and bytes. 32 MiB is the most that glibc takes for the first."""
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
 
@@ -52,6 +54,18 @@ def raise_oom_score() -> None:
     adj = Path("/proc/self/oom_score_adj")
     with contextlib.suppress(OSError):
         adj.write_text(str(max(_OOM_SCORE_ADJ, int(adj.read_text()))))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, unless the user has told it otherwise.
+
+    By itself it gives blocks above the first of `_MALLOC` back to the kernel at once, and the top of the heap above the
+    second; a worker then pays a page fault per 4 KiB for each transform. Other C libraries have no such setting.
+    """
+    mallopt = getattr(_libc, "mallopt", None)
+    for variable, parameter, nbytes in _MALLOC:
+        if mallopt is not None and variable not in os.environ:
+            mallopt(parameter, nbytes)
 
 
 def leave_stacks(fd: int) -> None:

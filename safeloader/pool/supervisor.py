@@ -35,7 +35,7 @@ from safeloader.pool.memory_watch import MemoryWatch, OomWatch
 from safeloader.pool.nurseries import Nurseries
 from safeloader.pool.patience import HangLimits
 from safeloader.pool.pool import Pool
-from safeloader.pool.work import Work, WorkNotPicklableError, WorkTooLargeError, pack
+from safeloader.pool.work import TooLargeError, Work, WorkNotPicklableError, pack
 from safeloader.report import log
 
 logger = logging.getLogger("safeloader")
@@ -146,7 +146,7 @@ class Supervisor:
     def _timeout_s(self) -> float | None:
         """Until when nothing happens by itself."""
         wakes = self._nurseries.wakes()
-        wakes += [wake for pool in self._pools.values() if (wake := pool.machine.next_wake()) is not None]
+        wakes += [pool.due for pool in self._pools.values() if pool.due is not None]
         return max(0.0, min(wakes) - time.monotonic()) if wakes else None
 
     def _admit(self, pool: Pool) -> None:
@@ -209,7 +209,7 @@ def open_pool(
     if options.start_method is not StartMethod.FORKED:
         try:
             packed = pack(work, options.loader_max_mib << 20)
-        except (WorkNotPicklableError, WorkTooLargeError) as error:
+        except (WorkNotPicklableError, TooLargeError) as error:
             reason = str(error) or f"the loader's pickle is larger than loader_max_mib={options.loader_max_mib}"
             if options.start_method is StartMethod.CLEAN:
                 raise ConfigError(

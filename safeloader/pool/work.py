@@ -6,6 +6,7 @@ which the clean nursery loads them. What can't be pickled, or is too large, reac
 
 from __future__ import annotations
 
+import io
 import pickle
 import types
 from collections import ChainMap
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import cloudpickle
-import numpy as np
 
 from safeloader.ring.memfile import MemoryFile
 
@@ -30,10 +30,6 @@ class Work:
 @dataclass(frozen=True)
 class EpochEnd:
     """Stands in a finite loader's stream where an epoch has come to its end."""
-
-
-class WorkTooLargeError(RuntimeError):
-    """The pickle exceeds the limit."""
 
 
 class WorkNotPicklableError(RuntimeError):
@@ -58,21 +54,23 @@ class ByValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle 
     dispatch_table: ClassVar[Any] = ChainMap({types.CodeType: _reduce_code}, cloudpickle.Pickler.dispatch_table)
 
 
-class _Bounded:
+class TooLargeError(RuntimeError):
+    """A pickle exceeds its limit."""
+
+
+class Bounded(io.BytesIO):
     """A file for a pickler that refuses to grow beyond a limit."""
 
     def __init__(self, limit_nbytes: int) -> None:
-        self.chunks: list[bytes] = []
-        self.nbytes = 0
-        self._left = limit_nbytes
+        super().__init__()
+        self._limit_nbytes = limit_nbytes
 
-    def write(self, chunk: bytes) -> int:
-        self._left -= len(chunk)
-        if self._left < 0:
-            raise WorkTooLargeError
-        self.chunks.append(bytes(chunk))
-        self.nbytes += len(chunk)
-        return len(chunk)
+    def write(self, chunk: Any) -> int:
+        """Take what the pickler gives: bytes, or the memory of an array in whatever order."""
+        with pickle.PickleBuffer(chunk).raw() as flat:
+            if self.tell() + flat.nbytes > self._limit_nbytes:
+                raise TooLargeError
+            return super().write(flat)
 
 
 def pack(work: Work, limit_nbytes: int) -> tuple[MemoryFile, int]:
@@ -82,23 +80,21 @@ def pack(work: Work, limit_nbytes: int) -> tuple[MemoryFile, int]:
         The file, and how many bytes of it the pickle takes.
 
     Raises:
-        WorkTooLargeError: it takes more than `limit_nbytes`.
+        TooLargeError: it takes more than `limit_nbytes`.
         WorkNotPicklableError: it can't be pickled.
     """
-    out = _Bounded(limit_nbytes)
+    out = Bounded(limit_nbytes)
     try:
         ByValuePickler(out, protocol=5).dump(work)
-    except WorkTooLargeError:
+    except TooLargeError:
         raise
     except Exception as error:
         raise WorkNotPicklableError(f"the loader can't be pickled: {type(error).__name__}: {error}") from error
-    file = MemoryFile.create("safeloader-loader", max(1, out.nbytes))
-    memory = np.frombuffer(file.map(), dtype=np.uint8)
-    at = 0
-    for chunk in out.chunks:
-        memory[at : at + len(chunk)] = np.frombuffer(chunk, dtype=np.uint8)
-        at += len(chunk)
-    return file, out.nbytes
+    nbytes = out.tell()
+    file = MemoryFile.create("safeloader-loader", nbytes)
+    with memoryview(file.map()) as memory:
+        memory[:nbytes] = out.getbuffer()
+    return file, nbytes
 
 
 def unpack(file: MemoryFile, nbytes: int) -> Work:

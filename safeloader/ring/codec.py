@@ -222,7 +222,7 @@ def _rebuild_tensor(
     """The reverse: `shape` and the buffer are in the order of descending strides, `order` says which."""
     dense = torch.empty(shape, dtype=dtype) if raw is None else torch.frombuffer(raw, dtype=dtype).view(shape)
     inverse = sorted(range(len(order)), key=order.__getitem__)
-    return dense.permute(inverse)
+    return dense if inverse == list(range(len(order))) else dense.permute(inverse)
 
 
 def _reduce_array(array: np.ndarray[Any, Any]) -> Any:

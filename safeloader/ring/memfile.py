@@ -58,11 +58,14 @@ class MemoryFile:
     def map(self) -> mmap.mmap:
         """The whole file as writable shared memory; mapped again only if it has grown.
 
+        With all its pages: they come in one go, and not by a page fault for each (6,400 for a batch of 26 MB).
+
         An older mapping stays valid for as long as somebody holds a view on it.
         """
         nbytes = self.nbytes
         if self._map is None or len(self._map) < nbytes:
-            self._map = mmap.mmap(self.fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            self._map = mmap.mmap(self.fd, nbytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
         return self._map
 
     def close(self) -> None:

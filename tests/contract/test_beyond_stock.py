@@ -10,8 +10,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import psutil
 import pytest
 from torch import distributed
@@ -81,10 +82,24 @@ def test_a_loader_that_cannot_be_sent_comes_by_fork(loader: Any, reason: str, ca
         next(augmenter)
 
 
-def test_a_loader_that_fits_is_sent() -> None:
-    with SafeAugmenter(Large(), None, 1, 1, loader_max_mib=4) as augmenter:
-        next(augmenter)
+class Arrays(RandomLoader):
+    """Its data are in memory: a pickler hands large arrays to its file as they are, not as bytes."""
+
+    def __init__(self, order: Literal["C", "F"]) -> None:
+        super().__init__()
+        self.volume = np.asarray(np.arange(1 << 18, dtype=np.int64).reshape(8, -1), order=order)
+
+    def __next__(self) -> dict[str, Any]:
+        return {**super().__next__(), "volume": self.volume}
+
+
+@pytest.mark.parametrize("loader", [Large(), Arrays("C"), Arrays("F")], ids=["bytes", "array", "Fortran array"])
+def test_a_loader_that_fits_is_sent(loader: Any) -> None:
+    with SafeAugmenter(loader, None, 1, 1, loader_max_mib=4) as augmenter:
+        batch = next(augmenter)
         assert augmenter.report().start_method == "clean"
+    if isinstance(loader, Arrays):
+        assert np.array_equal(batch["volume"], loader.volume)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from safeloader import SafeMultiThreadedAugmenter
 from safeloader.errors import ClosedError, ConfigError, WorkerError
 from safeloader.pool import course
+from safeloader.pool.work import Bounded, TooLargeError
 from safeloader.testing import Killer, wait_until
 from tests.loaders import RandomLoader, Shuffled
 
@@ -329,8 +330,8 @@ def test_what_cannot_be_kept_is_run_again_from_its_beginning(loader: Callable[[]
 
 
 def test_a_state_that_is_too_large_is_not_pickled_to_its_end() -> None:
-    out = course._Bounded()
-    with pytest.raises(course._TooLargeError):
+    out = Bounded(course.MAX_STATE_NBYTES)
+    with pytest.raises(TooLargeError):
         out.write(b"x" * (5 << 20))
 
 
