@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
+from safeloader.pool.kept import keeping_files_open
 from safeloader.ring.status_page import Stage
 
 _MAX_CASE_CHARS: Final = 200
@@ -67,9 +68,8 @@ class Cases:
                 loader.transforms = self._transform
                 self.watched.add("transforms")
             dataset = getattr(loader, "_data", None)
-            load_case = getattr(dataset, "load_case", None)
-            if dataset is not None and callable(load_case):
-                dataset.load_case = functools.partial(self._load_case, load_case)
+            if dataset is not None and callable(getattr(dataset, "load_case", None)):
+                dataset.load_case = functools.partial(self._load_case, keeping_files_open(dataset))
         return len(indices)
 
     def avoid(self, cases: Iterable[str]) -> None:
