@@ -157,20 +157,23 @@ class Pool:
         """Feed the machine and do what it says; what that causes at once is fed as well."""
         with self.lock:
             queue = deque([*self.consumer.news(), *happened])
+            ended = False
             while queue:
-                for action in self.machine.handle(queue.popleft(), time.monotonic()):
+                event = queue.popleft()
+                for action in self.machine.handle(event, time.monotonic()):
                     try:
                         queue.extend(self._carry_out(action))
                     except OSError as error:
                         self.consumer.fail(records.out_of_resources(self.name, error))
                         queue.append(events.Close(failed=True))
                         break
+                ended = ended or isinstance(event, events.Exited)
                 if not queue:
                     self.consumer.wants_slots = self.machine.wants_slots
                     if self.consumer.wants_slots:  # a lease may have ended just before, and have woken nobody
                         queue.extend(self.consumer.news())
             self.due = self.machine.next_wake()
-            for life in list(self.lives.values()):
+            for life in list(self.lives.values()) if ended else ():
                 if self.machine.worker_state(life.worker) is machine.WorkerState.DOWN:
                     self._bury(life)
             if self.machine.state is machine.PoolState.CLOSED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ def dataset(folder: Path) -> Iterator[Any]:
 
 
 def _open_files(folder: Path) -> list[str]:
+    gc.collect()  # a traceback is part of a cycle, and holds the files that were open
     fds = [os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")]
     targets = [os.readlink(fd) for fd in fds if os.path.islink(fd)]
     return sorted(os.path.basename(target) for target in targets if target.startswith(str(folder)))
@@ -42,7 +44,6 @@ def _contents(case: tuple[Any, Any, Any, Any]) -> tuple[bytes, bytes, Any, str]:
 
 
 def _complaint(load_case: Callable[[str], Any]) -> str:
-    """In a function of its own: the traceback holds the files that were open."""
     with pytest.raises(FileNotFoundError) as raised:
         load_case("brain_000")
     return str(raised.value)
