@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 
-from benchmarks import brain
 from safeloader.nnunet.workspace import SMALL_CONFIGURATION
 
 BURN: Final = "burn"
@@ -36,12 +36,19 @@ def title(load: str) -> str:
 def prepare(loads: Sequence[str]) -> None:
     """Make the datasets that these need."""
     for size in {_size(load) for load in loads if load != BURN}:
-        brain.workspace(size)
+        _brain().workspace(size)
 
 
 def make(load: str) -> Any:
     """A new loader."""
-    return Burn(BURN_MS / 1000) if load == BURN else brain.loader(_size(load), load)
+    return Burn(BURN_MS / 1000) if load == BURN else _brain().loader(_size(load), load)
+
+
+def _brain() -> ModuleType:
+    """Imported only where it is needed: it imports nilearn, which takes as long as torch."""
+    from benchmarks import brain
+
+    return brain
 
 
 def _size(configuration: str) -> str:
