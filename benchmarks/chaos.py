@@ -259,32 +259,33 @@ def _ends(chosen: Sequence[Row]) -> str:
 
 
 def _draw_course(axes: Axes, rows: Sequence[Row]) -> None:
-    fastest = max(row.batches_per_s for row in rows)
-    mean_s = 1 if fastest > _FEW else 10
+    every_s = 1 if max(row.batches_per_s for row in rows) > _FEW else 10
     for row in rows:
-        each_s = split(row.batches_in_each_s)
-        # The last second is not a whole one.
-        means = [statistics.mean(each_s[at : at + mean_s]) for at in range(0, max(1, len(each_s) - mean_s), mean_s)]
+        edges_s, rates = _course(row, every_s)
         style = "--" if row.contestant == _FAULT_FREE else "-"
-        at_s = [mean_s * (place + 0.5) for place in range(len(means))]
-        axes.plot(at_s, means, style, color=colour(row.contestant), label=row.contestant, drawstyle="steps-mid")
+        axes.stairs(rates, edges_s, baseline=None, ls=style, color=colour(row.contestant), label=row.contestant)
         if row.outcome != _FINISHED:
-            axes.plot(
-                row.seconds,
-                0,
-                "x",
-                color=colour(row.contestant),
-                markersize=9,
-                label=f"{row.contestant}: {row.outcome}",
-            )
+            axes.plot(row.seconds, 0, "x", color=colour(row.contestant), markersize=9, label=f"stock: {row.outcome}")
         elif row.kills:
             killed_s = split(row.killed_at_s)
             axes.plot(killed_s, [0] * len(killed_s), "|", color="#cf222e", markersize=9, label="a kill")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("s")
-    axes.set_ylabel("batches/s" if mean_s == 1 else f"batches/s (mean of {mean_s} s)")
-    axes.legend(fontsize=7, loc="lower right")
+    axes.set_ylabel("batches/s" if every_s == 1 else f"batches/s (mean of {every_s} s)")
+    axes.legend(fontsize=7, loc="center", ncols=2, framealpha=0.7)
     tidy(axes)
+
+
+def _course(row: Row, every_s: int) -> tuple[list[float], list[float]]:
+    """The rates of stretches of about `every_s` seconds, and the stretches' edges: one more."""
+    in_each_s = split(row.batches_in_each_s)
+    starts = list(range(0, max(1, int(row.seconds)), every_s))
+    if len(starts) > 1 and row.seconds - starts[-1] < every_s:
+        starts.pop()  # the last stretch is as long as the others, or longer
+    ends = [*starts[1:], len(in_each_s)]
+    edges_s = [*map(float, starts), max(row.seconds, 0.001)]
+    counts = [sum(in_each_s[start:end]) for start, end in zip(starts, ends, strict=True)]
+    return edges_s, [count / (end - start) for count, start, end in zip(counts, edges_s, edges_s[1:], strict=False)]
 
 
 if __name__ == "__main__":
