@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from safeloader.nnunet.workspace import SMALL_CONFIGURATION
+from safeloader.nnunet.workspace import SMALL_CONFIGURATION, Workspace
 
 BURN: Final = "burn"
 BURN_MS: Final = 20.0
@@ -35,13 +35,20 @@ def title(load: str) -> str:
 
 def prepare(loads: Sequence[str]) -> None:
     """Make the datasets that these need."""
-    for size in {_size(load) for load in loads if load != BURN}:
-        _brain().workspace(size)
+    for load in loads:
+        if load != BURN:
+            workspace(load)
 
 
 def make(load: str) -> Any:
     """A new loader."""
     return Burn(BURN_MS / 1000) if load == BURN else _brain().loader(_size(load), load)
+
+
+def workspace(configuration: str) -> Workspace:
+    """The dataset that has this configuration; made if it is not there yet."""
+    found: Workspace = _brain().workspace(_size(configuration))
+    return found
 
 
 def _brain() -> ModuleType:
@@ -52,6 +59,7 @@ def _brain() -> ModuleType:
 
 
 def _size(configuration: str) -> str:
+    """Which of `brain`'s datasets has this configuration."""
     return "tiny" if configuration == SMALL_CONFIGURATION else "full"
 
 

@@ -127,7 +127,7 @@ class Recovery(Benchmark[Row]):
             _ecdf(right, values_of(rows, "first_of_usual", load=load), f"first batch, {loads.title(load)}")
             _ecdf(right, values_of(rows, "later_of_usual", load=load), f"later ones, {loads.title(load)}", ls=":")
         right.axvline(1.5, color="#cf222e", lw=0.8)
-        right.set(xlabel="time for a batch / the same without kills")
+        right.set(xlabel="time for a batch / without kills")
         for axes in (left, middle, right):
             axes.legend(fontsize=7, loc="lower right")
             tidy(axes)
