@@ -20,7 +20,7 @@ _KILL_EVERY: Final = 10
 """Takes of the paced consumer from one kill to the next."""
 _LOOK_EVERY_S: Final = 0.0005
 """Between two looks at `workers()`: without a pause, looking would keep the interpreter's lock from the supervisor."""
-_PATIENCE_S: Final = 60.0
+_PATIENCE_S: Final = 300.0
 _BATCHES_BEFORE: Final = 2
 """Batches that a worker has made in its life before it is killed: for a life without any there would be a back-off."""
 
