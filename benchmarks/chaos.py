@@ -215,7 +215,7 @@ class Chaos(Benchmark[Row]):
                     f"{median(chosen, 'worker_time_lost'):.1%}",
                 )
             else:
-                figures = (f"{rate:.3g}", "100 %", "–")
+                figures = (f"{rate:.3g}", "100%", "–")
             lines.append((loads.title(load), contestant, str(kills), *figures, _ends(chosen)))
         every_s, workers = max(row.kill_every_s for row in rows), rows[0].workers
         rounds = len({row.round for row in rows})
@@ -224,7 +224,7 @@ class Chaos(Benchmark[Row]):
             f"{max(row.seconds for row in rows):.0f} s. Work lost: what the killed had done of their batches, as a "
             "share of all workers' time"
         )
-        header = ("load", "", "kills", "batches/s", "of fault-free", "work lost", "outcome")
+        header = ("load", "", "kills", "batches/s", "of fault-free", "work lost", "rounds")
         return [Table(title, header, tuple(lines))]
 
     def draw(self, rows: Sequence[Row], figure: Figure) -> None:
@@ -252,10 +252,10 @@ def _ends(chosen: Sequence[Row]) -> str:
     """How the rounds ended, as a sentence."""
     outcomes = Counter(row.outcome for row in chosen)
     if list(outcomes) == [_FINISHED]:
-        return "finished"
-    words = ", ".join(f"{outcome} in {count}" for outcome, count in outcomes.items())
+        return f"{len(chosen)} of {len(chosen)}: finished"
+    words = ", ".join(f"{count} of {len(chosen)}: {outcome}" for outcome, count in outcomes.items())
     after, ended_s = median(chosen, "batches_after_first_kill"), median(chosen, "ended_after_kill_s")
-    return f"{words}; {after:.0f} batches and {ended_s:.1f} s after the first kill"
+    return f"{words}, {ended_s:.1f} s and {after:.0f} more batches after its first kill"
 
 
 def _draw_course(axes: Axes, rows: Sequence[Row]) -> None:

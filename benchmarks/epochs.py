@@ -16,8 +16,8 @@ from safeloader.nnunet.workspace import nnunet_executable
 TRAINERS: Final = {
     "stock": "EpochsStock",
     "safeloader": "EpochsSafeLoader",
-    "stock, nnU-Net's benchmark": "EpochsBenchmark",
-    "safeloader, nnU-Net's benchmark": "EpochsBenchmarkSafeLoader",
+    "stock, benchmark": "EpochsBenchmark",
+    "safeloader, benchmark": "EpochsBenchmarkSafeLoader",
     "no data loading": "EpochsNoDataLoading",
 }
 """Classes of `epoch_trainers` by contestant."""
