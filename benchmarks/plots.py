@@ -13,8 +13,8 @@ _OTHER: Final = "#afb8c1"
 
 
 def colour(contestant: str) -> str:
-    """Ours and the stock class's are the same in every picture."""
-    return COLOURS.get(contestant, _OTHER)
+    """Ours and the stock class's are the same in every picture, also of a variant: "safeloader, kills"."""
+    return COLOURS.get(contestant.partition(",")[0], _OTHER)
 
 
 def bars(axes: Axes, values: Mapping[str, Sequence[float]], label: str) -> None:
