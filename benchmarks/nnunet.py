@@ -116,7 +116,7 @@ class NnUNet(Benchmark[Row]):
         "seconds": 0.5,
         "warmup": 2,
         "data": "tiny",
-        "contestants": f"stock,safeloader,{_ALONE}",
+        "contestants": "stock,safeloader",
     }
 
     def missing(self) -> str | None:
