@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from safeloader.cli.audit import Audit
+from safeloader.cli.bench import Bench
 from safeloader.cli.check import Check
 from safeloader.cli.command import Command
 from safeloader.cli.demo import Demo
@@ -20,7 +21,7 @@ from safeloader.cli.explain import Explain
 from safeloader.cli.install import Install
 from safeloader.errors import ConfigError, SafeLoaderError
 
-COMMANDS: Final[tuple[type[Command], ...]] = (Audit, Check, Demo, Explain, Install)
+COMMANDS: Final[tuple[type[Command], ...]] = (Audit, Bench, Check, Demo, Explain, Install)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,6 @@ from typing import Any, Final
 import nibabel
 import numpy as np
 import numpy.typing as npt
-from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
 from scipy import ndimage  # type: ignore[import-untyped]
 
 DATASET_ID: Final = 777
@@ -39,6 +38,9 @@ class Brain:
     @classmethod
     def load(cls, resolution_mm: int) -> Brain:
         """Resample nilearn's template to cubic voxels of `resolution_mm` (1 and more)."""
+        # Imported only where it is needed: it takes two seconds, and who trains on the dataset needs but its name.
+        from nilearn.datasets import load_mni152_gm_template, load_mni152_template, load_mni152_wm_template
+
         t1, grey, white = (
             load(resolution=resolution_mm)
             for load in (load_mni152_template, load_mni152_gm_template, load_mni152_wm_template)

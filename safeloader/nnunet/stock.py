@@ -1,6 +1,6 @@
 """The loader that nnU-Net itself would train with, taken from a dataset: for commands that look at it.
 
-nnU-Net's own trainer builds it. Nothing is trained, and nothing is written into `nnUNet_results`.
+nnU-Net's own trainer builds it. Nothing is written into nnU-Net's folders.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from safeloader.errors import ConfigError
 from safeloader.nnunet.loaders import AUGMENTER, namespaces, replaced
+from safeloader.nnunet.mixin import SafeLoaderMixin
 from safeloader.pool.work import Work
 
 
@@ -31,49 +33,91 @@ class _Taken:
         return iter([None])  # nnU-Net draws one batch, and drops it
 
 
-def training_loader(dataset: str, configuration: str, fold: int, plans: str, trainer: str) -> Work:
-    """The loader and transforms of a training.
+@dataclass(frozen=True)
+class Asked:
+    """Which training is meant, in nnU-Net's own terms.
 
-    Args:
-        dataset: its number or name.
-        configuration: for example `3d_fullres`.
-        fold: which.
-        plans: the plans' identifier.
-        trainer: the trainer's class name.
+    Attributes:
+        dataset: its number or name. configuration: for example `3d_fullres`. fold: which.
+        plans: the plans' identifier. trainer: the trainer's class name.
+    """
+
+    dataset: str
+    configuration: str
+    fold: int = 0
+    plans: str = "nnUNetPlans"
+    trainer: str = "nnUNetTrainer"
+
+    def __str__(self) -> str:
+        return f"-d {self.dataset} -c {self.configuration} -f {self.fold} -p {self.plans} -tr {self.trainer}"
+
+
+def training_loader(dataset: str, configuration: str, fold: int, plans: str, trainer: str) -> Work:
+    """The loader and transforms of a training; see `Asked` for the arguments.
 
     Raises:
         ConfigError: nnU-Net is missing, or does not find one of these.
+    """
+    asked = Asked(dataset, configuration, fold, plans, trainer)
+    with stock_trainer(asked, "cpu") as built:
+        return loader_of(built, asked)
+
+
+@contextmanager
+def stock_trainer(asked: Asked, device: str) -> Iterator[Any]:
+    """A trainer with its network, that writes nothing where the user would find it.
+
+    Raises:
+        ConfigError: nnU-Net is missing, or does not find what is asked for.
     """
     try:
         from nnunetv2.run.run_training import get_trainer_from_args
     except ImportError as error:
         raise ConfigError(f"nnU-Net can't be imported ({error}): `pip install nnunetv2`") from error
-    asked = f"-d {dataset} -c {configuration} -f {fold} -p {plans} -tr {trainer}"
-    printed = io.StringIO()
-    with _results_nowhere(), contextlib.redirect_stdout(printed):
-        try:
-            built = get_trainer_from_args(
-                dataset, configuration, fold, trainer_name=trainer, plans_identifier=plans, device=torch.device("cpu")
-            )
-            built.initialize()
-        except (RuntimeError, OSError, ValueError, KeyError, AssertionError, TypeError) as error:
-            raise ConfigError(f"nnU-Net does not find {asked}: {_first_line(error)}") from error
-        return _taken_from(built, asked)
+    with _results_nowhere():
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                built = get_trainer_from_args(
+                    asked.dataset,
+                    asked.configuration,
+                    asked.fold,
+                    trainer_name=asked.trainer,
+                    plans_identifier=asked.plans,
+                    device=torch.device(device),
+                )
+                built.initialize()
+            except (RuntimeError, OSError, ValueError, KeyError, AssertionError, TypeError) as error:
+                raise ConfigError(f"nnU-Net does not find {asked}: {_first_line(error)}") from error
+        yield built
 
 
-def _taken_from(trainer: Any, asked: str) -> Work:
+def loader_of(trainer: Any, asked: Asked) -> Work:
+    """The training loader and transforms that a trainer's `get_dataloaders` would give to an augmenter.
+
+    Raises:
+        ConfigError: it can't make them.
+    """
     taken = _Taken()
+    # Behind our mixin the same loaders are built, and no pool is started for the batch that nnU-Net draws and drops.
+    build: Any = super(SafeLoaderMixin, trainer) if isinstance(trainer, SafeLoaderMixin) else trainer
     with contextlib.ExitStack() as stack:
         for namespace in namespaces(type(trainer)):
             stack.enter_context(replaced(namespace, {AUGMENTER: taken}))
+        for namespace in namespaces(type(trainer), "do_split"):
+            stack.enter_context(replaced(namespace, {"save_json": _write_no_split}))
         stack.enter_context(_workers_allowed())
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         try:
-            trainer.get_dataloaders()
+            build.get_dataloaders()
         except (OSError, ValueError, KeyError, AssertionError) as error:
             raise ConfigError(f"nnU-Net can't make loaders for {asked}: {_first_line(error)}") from error
     if not taken.works:
         raise ConfigError(f"trainer {trainer.__class__.__name__} builds its loaders in a way of its own")
     return taken.works[0]
+
+
+def _write_no_split(*_: Any, **__: Any) -> None:
+    """The first training of a dataset writes its splits into `nnUNet_preprocessed`; who only looks does not."""
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import selectors
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -194,8 +195,10 @@ class Nurseries:
             for pool in self._pools.values()
             if serving is None or pool.number == serving
         ]
+        # One that starts although its pool has ended by now does not hang: it is kept for the next pool.
+        enough_s = max(patience_s, default=0.0 if nursery.ready else math.inf)
         stopped = waited_s > _LOOK_EVERY_S and _is_stopped(nursery.pid)
-        if stopped or waited_s > max(patience_s, default=0.0):
+        if stopped or waited_s > enough_s:
             nursery.condemn(stopped=stopped)
 
     def retire(self, pool: Pool) -> None:

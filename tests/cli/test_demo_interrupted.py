@@ -12,14 +12,14 @@ import psutil
 import pytest
 
 import safeloader
-from safeloader.cli.demo import signals_end_the_demo
+from safeloader.cli.command import signals_interrupt
 from safeloader.testing import wait_until
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_other_signals_do_what_ctrl_c_does(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt), signals_end_the_demo():
+    with pytest.raises(KeyboardInterrupt), signals_interrupt():
         signal.raise_signal(number)
     assert signal.getsignal(number) is before
 

@@ -16,13 +16,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from safeloader.cli.command import Command
+from safeloader.cli.command import Command, signals_interrupt
 from safeloader.errors import ConfigError
 
 _NEEDS: Final = ("nnunetv2", "nilearn", "matplotlib", "rich")
@@ -69,7 +66,7 @@ class Demo(Command):
         _check(arguments)
         from safeloader.cli.demo.play import play
 
-        with signals_end_the_demo():
+        with signals_interrupt():
             return play(arguments.folder.resolve(), device=arguments.device, kill_every_s=arguments.kill_every)
 
 
@@ -90,18 +87,3 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"--folder {folder} can't be made ({error.strerror}); name one where you may write"
         ) from error
-
-
-@contextmanager
-def signals_end_the_demo() -> Iterator[None]:
-    """SIGTERM and SIGHUP do what Ctrl-C does: they leave the `with` blocks that end what the demo started."""
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
