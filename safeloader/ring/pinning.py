@@ -316,8 +316,8 @@ class Pinning:
             return
         self._given_up = reason
         logger.warning(
-            "SafeLoader: from here on, slots are not registered with CUDA (pin=register): %s. It goes on as with pin=copy, "
-            "with the same batches and a copy of each; set pin=copy if this is to stay so.",
+            "SafeLoader: from here on, slots are not registered with CUDA (pin=register): %s. It goes on as with "
+            "pin=copy, with the same batches and a copy of each; set pin=copy if this is to stay so.",
             reason,
         )
 

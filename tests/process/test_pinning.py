@@ -111,9 +111,11 @@ def test_late_copies_of_a_stream_with_dying_workers_and_growing_slots(cuda: Fake
             if cuda.is_pinned(batch["data"]):
                 pinned += 1
                 cuda.copy(batch["data"])
-            kept = [*kept[-1:], batch["data"][-2048:]] if rng.random() < 0.3 else []
+            kept = [*kept[-1:], batch["data"][-2048:]] if rng.random() < 0.5 else []
+            if kept and cuda.is_pinned(kept[0]):  # a batch or two later
+                cuda.copy(kept[0])
         del batch, kept
-    assert pinned > 100, "the others came while two were kept"
+    assert pinned > 75, "the others came while two were kept"
     assert augmenter.report().restarts > 0
 
 

@@ -8,6 +8,7 @@ import itertools
 import logging
 import os
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from safeloader.ring import codec, cuda_driver
 from safeloader.ring.cuda_driver import CAPTURE_UNSUPPORTED, CudaDriver, CudaError, UnavailableError
 from safeloader.ring.memfile import MemoryFile
 from safeloader.ring.pinning import Pinning
+from safeloader.testing import wait_until
 from tests.fake_cuda import FakeCuda
 
 SMALL, LARGE = 8 << 10, 2 << 20
@@ -34,9 +36,10 @@ SMALL, LARGE = 8 << 10, 2 << 20
 class Ring:
     """The consumer's side of a pool, with the slots' books; the test is worker, supervisor, training loop and GPU."""
 
-    def __init__(self, slots: int, max_leases: int, **options: Any) -> None:
-        self.cuda = FakeCuda()
-        self.pinning = Pinning(self.cuda.start, threaded=False, **options)
+    def __init__(self, slots: int, max_leases: int, *, threaded: bool = False) -> None:
+        self.cuda = FakeCuda(blocking=threaded)
+        self.pinning = Pinning(self.cuda.start, threaded=threaded)
+        self.threaded = threaded
         self.consumer = Consumer("test", 0, max_leases, slow_s=60, pinning=self.pinning)
         self.consumer.post = self._on_event
         self.consumer.wake = lambda: None
@@ -73,7 +76,7 @@ class Ring:
 
     def settle(self) -> None:
         """What the thread does as long as it need not wait, and then the supervisor."""
-        while self.pinning.pending and self.cuda.next_is_done:
+        while not self.threaded and self.pinning.pending and self.cuda.next_is_done:
             self.pinning.attend()
         for event in self.consumer.released():
             self.slots.released(event.slot)
@@ -448,6 +451,27 @@ def test_an_interrupted_take_is_taken_again(ring: Ring, monkeypatch: pytest.Monk
 
 def _interrupted(*_: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_a_thread_that_can_not_be_started_is_started_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    ring = Ring(slots=4, max_leases=2, threaded=True)
+    ring.fill()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", _no_more_threads)
+        ring.take()
+        ring.pinning.fence()
+    ring.settle()
+    assert ring.states() == {"LEASED": 1}
+    ring.fill()
+    ring.take()
+    wait_until(lambda: ring.settle() or ring.states() == {"FREE": 1, "LEASED": 1})  # type: ignore[func-returns-value]
+    ring.close()
+    wait_until(lambda: not ring.cuda.registered)
+    ring.cuda.check()
+
+
+def _no_more_threads(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 def test_a_forked_child_uses_nothing_of_cuda(ring: Ring) -> None:
