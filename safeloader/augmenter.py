@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, Final
 
-import torch
 from batchgenerators.dataloading.data_loader import DataLoader
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
@@ -24,7 +23,7 @@ from safeloader.pool.pool import Pool
 from safeloader.pool.seeding import root_seed
 from safeloader.pool.supervisor import Supervisor, open_pool
 from safeloader.pool.work import EpochEnd, Work
-from safeloader.runner import FINISH_S, PoolRunner, capped, pinned
+from safeloader.runner import FINISH_S, PoolRunner, capped
 
 logger = logging.getLogger("safeloader")
 
@@ -45,7 +44,7 @@ class SafeAugmenter(PoolRunner, NonDetMultiThreadedAugmenter):  # type: ignore[m
         num_cached: batches kept ready beyond those in work, at least 1. The ring has
             num_processes + 2 x num_cached slots.
         seeds: None, or one seed per worker; the root seed is derived from them.
-        pin_memory: copy tensors into pinned memory, where there is CUDA.
+        pin_memory: tensors arrive in pinned memory, where there is CUDA; see the option `pin`.
         wait_time: accepted for compatibility; nothing here polls.
         seed: the root seed, instead of `seeds` (also `SAFELOADER_SEED`).
         options: see `safeloader.config.OPTIONS`; each has an environment variable, too.
@@ -104,8 +103,7 @@ class SafeAugmenter(PoolRunner, NonDetMultiThreadedAugmenter):  # type: ignore[m
         if self._stock:
             return NonDetMultiThreadedAugmenter.__next__(self)
         pool = self._running()
-        batch = pool.consumer.take()
-        return pinned(batch) if self.pin_memory and torch.cuda.is_available() else batch
+        return self._delivered(pool.consumer.take())
 
     def next(self) -> Any:
         """The same as `next(self)`."""
@@ -129,6 +127,7 @@ class SafeAugmenter(PoolRunner, NonDetMultiThreadedAugmenter):  # type: ignore[m
             num_cached=self.num_cached,
             first_ticket=self._past.next_ticket,
             quarantined=self._past.quarantined,
+            pinning=self._pinning(),
         )
 
     def _finish(self, timeout: float = FINISH_S, force: bool = False) -> None:  # noqa: ARG002 - upstream's signature
@@ -210,7 +209,7 @@ class SafeMultiThreadedAugmenter(PoolRunner, MultiThreadedAugmenter):  # type: i
             num_processes x (1 + 2 x num_cached_per_queue) slots.
         seeds: None, or one seed per worker, with which it seeds `numpy.random` once, as the stock class does. (`random`
             and torch's generator, which the stock class leaves alone, are then seeded from all of them.)
-        pin_memory: copy tensors into pinned memory, where there is CUDA.
+        pin_memory: tensors arrive in pinned memory, where there is CUDA; see the option `pin`.
         timeout: a wait of so many seconds gets a line in the log: for whom, whether it lives, and what it is doing. (A
             worker that does not live is replaced, and that needs no time-out.)
         wait_time: accepted for compatibility; nothing here polls.
@@ -276,7 +275,7 @@ class SafeMultiThreadedAugmenter(PoolRunner, MultiThreadedAugmenter):  # type: i
                 continue
             batch = pool.consumer.take(worker)
             if not isinstance(batch, EpochEnd):
-                return pinned(batch) if self.pin_memory and torch.cuda.is_available() else batch
+                return self._delivered(batch)
             self._ended.add(worker)
         self._begin_epoch()
         raise StopIteration
@@ -311,6 +310,7 @@ class SafeMultiThreadedAugmenter(PoolRunner, MultiThreadedAugmenter):  # type: i
             first_ticket=0,
             quarantined=self._past.quarantined,
             numpy_seeds=self.seeds,
+            pinning=self._pinning(),
         )
 
     def _finish(self, timeout: float = FINISH_S, force: bool = False) -> None:  # noqa: ARG002 - upstream's signature

@@ -38,6 +38,15 @@ class OnBadCase(str, Enum):
     """It is tried again and again: nothing ever changes in the stream, and a case that stays bad stops it."""
 
 
+class Pin(str, Enum):
+    """How `pin_memory=True` is done."""
+
+    COPY = "copy"
+    """Each tensor is copied into pinned memory."""
+    REGISTER = "register"
+    """The slots are registered with CUDA, and tensors in them are pinned as they are."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What a `SafeAugmenter` can be told beyond the stock constructor; `OPTIONS` documents each.
@@ -64,6 +73,7 @@ class Options:
     slow_warning_s: float
     folder: str | None
     audit: bool
+    pin: Pin
 
 
 @dataclass(frozen=True)
@@ -140,6 +150,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "audit": Option(
         False, bool, "write a line with a checksum per delivered batch into the folder, for `safeloader audit`"
     ),
+    "pin": Option(Pin.COPY, Pin, "how `pin_memory=True` is done: copy, or register the slots with CUDA"),
 }
 
 _TRUTHS: Final = {"1": True, "true": True, "0": False, "false": False}

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 import torch
 from torch import distributed
 
-from safeloader.config import Options
+from safeloader.config import Options, Pin
 from safeloader.errors import ClosedError, ForkedError
 from safeloader.faults.incident import Incident
 from safeloader.pool import blur
@@ -24,6 +24,8 @@ from safeloader.pool.book import MAX_INCIDENTS
 from safeloader.pool.pool import Pool
 from safeloader.pool.supervisor import Supervisor
 from safeloader.report.stats import Report, WorkerInfo
+from safeloader.ring import pinning
+from safeloader.ring.pinning import Pinning
 
 logger = logging.getLogger("safeloader")
 
@@ -40,12 +42,13 @@ class PoolRunner:
 
     Attributes:
         options: see `config.OPTIONS`. seed: the root seed. num_processes: workers. generator: the loader.
-        transform: what follows it, or None.
+        transform: what follows it, or None. pin_memory: whether tensors are to arrive in pinned memory.
     """
 
     options: Options
     seed: int
     num_processes: int
+    pin_memory: bool
     generator: Any
     transform: Callable[..., Any] | None
 
@@ -99,6 +102,9 @@ class PoolRunner:
                 logger.warning("pool %r did not end within %g s; it is left to the kernel", pool.name, timeout_s)
             self._finalizer.detach()
             pool.consumer.drop()
+            slots = self._pinning()
+            if slots is not None:
+                slots.fence()
             self._past.add(pool)
             self._supervisor = self._pool = None
 
@@ -107,6 +113,14 @@ class PoolRunner:
         while (pool := self._pool) is None:  # another thread may end it at any time
             self._start()
         return pool
+
+    def _pinning(self) -> Pinning | None:
+        """What registers the slots with CUDA, if that was asked for. Nothing of CUDA is touched yet."""
+        return pinning.of_process() if self.pin_memory and self.options.pin is Pin.REGISTER else None
+
+    def _delivered(self, batch: Any) -> Any:
+        """The batch as the user gets it: in pinned memory, if that was asked for and there is CUDA."""
+        return pinned(batch) if self.pin_memory and torch.cuda.is_available() else batch
 
     def _start(self) -> None:
         raise NotImplementedError
@@ -213,7 +227,10 @@ def _abandon(supervisor: Supervisor, pool: Pool, pid: int) -> None:
 
 
 def pinned(item: Any) -> Any:
-    """The batch with every tensor in pinned memory, dicts and lists changed in place as upstream does."""
+    """The batch with every tensor in pinned memory, dicts and lists changed in place as upstream does.
+
+    A tensor that is there already, as those in registered slots are, is left as it is: so says `Tensor.pin_memory`.
+    """
     match item:
         case torch.Tensor():
             return item.pin_memory()

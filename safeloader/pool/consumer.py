@@ -23,6 +23,8 @@ from safeloader.pool.failure import FailureRecord, to_error
 from safeloader.pool.work import EpochEnd
 from safeloader.ring import codec
 from safeloader.ring.lease import Lease, lease
+from safeloader.ring.memfile import MemoryFile
+from safeloader.ring.pinning import Pinning
 
 logger = logging.getLogger("safeloader")
 
@@ -43,7 +45,9 @@ def _unrecorded(ticket: int) -> None:
 class _ReadyBatch:
     memory: memoryview
     """Leased: the slot is let go when it and all views on it are."""
-    slot: int
+    lease: Lease
+    file: MemoryFile
+    mapping: mmap.mmap
     failed: bool
 
 
@@ -61,7 +65,16 @@ class Consumer:
             record: is told of each batch that is delivered. All four are set before the first `put`.
     """
 
-    def __init__(self, name: str, first_ticket: int, max_leases: int, *, slow_s: float, lanes: int = 1) -> None:
+    def __init__(
+        self,
+        name: str,
+        first_ticket: int,
+        max_leases: int,
+        *,
+        slow_s: float,
+        lanes: int = 1,
+        pinning: Pinning | None = None,
+    ) -> None:
         self._next = [first_ticket + lane for lane in range(lanes)]  # tickets, by lane
         self._ends = 0  # how many of those taken were ends of epochs
         self.wait_s = 0.0
@@ -74,6 +87,7 @@ class Consumer:
         self._name = name
         self._first_ticket = first_ticket
         self._max_leases = max_leases
+        self._pinning = pinning
         # Single operations on these are atomic; leases end in any thread.
         self._leases: dict[int, Lease] = {}  # by slot: of what is ready, and of what was taken
         self._ended: deque[Lease] = deque()
@@ -86,10 +100,12 @@ class Consumer:
 
     # ---- the supervisor's thread ----
 
-    def put(self, ticket: int, slot: int, memory: mmap.mmap, *, failed: bool) -> None:
-        """A batch (or, `failed`, the record of an exception) is ready."""
-        leased, self._leases[slot] = lease(memory, slot, self._ended, self._lease_ended)
-        self._ready[ticket] = _ReadyBatch(leased, slot, failed)
+    def put(self, ticket: int, slot: int, file: MemoryFile, *, failed: bool) -> None:
+        """A batch (or, `failed`, the record of an exception) is ready in the slot's file."""
+        mapping = file.map()
+        leased, held = lease(mapping, slot, self._ended, self._lease_ended)
+        self._leases[slot] = held
+        self._ready[ticket] = _ReadyBatch(leased, held, file, mapping, failed)
         self._ring()
 
     def fail(self, error: BaseException) -> None:
@@ -117,6 +133,11 @@ class Consumer:
     def drop(self) -> None:
         """The pool is closed: forget what nobody took."""
         self._ready.clear()
+
+    def slots_closed(self) -> None:
+        """The pool has closed its slots; views on them live on."""
+        if self._pinning is not None:
+            self._pinning.look()
 
     @property
     def ended(self) -> int:
@@ -160,12 +181,12 @@ class Consumer:
                 raise self._failure.with_traceback(None)
             ticket = self._next[lane]
             self._ready.pop(ticket - len(self._next), None)  # still there only if an interrupt came just then
+            if self._pinning is not None:
+                self._pinning.fence()
             ready = self._wait_for(ticket)
-            taken = sum(held() is not None for held in list(self._leases.values())) - len(self._ready)
-            hoarding = taken >= self._max_leases
-            batch = codec.decode(codec.private_copy(ready.memory) if hoarding else ready.memory, ticket)
+            batch = codec.decode(self._memory_for(ready), ticket)
             killpoints.reach("trainer.step.decoded")
-            self._taken[ready.slot] = ticket  # again after an interrupt: the machine ignores the second
+            self._taken[ready.lease.slot] = ticket  # again after an interrupt: the machine ignores the second
             killpoints.reach("trainer.step.taken")
             is_batch = not ready.failed and not isinstance(batch, EpochEnd)
             if is_batch:
@@ -179,6 +200,15 @@ class Consumer:
                 raise self._failure
             self._ends += not is_batch
             return batch
+
+    def _memory_for(self, ready: _ReadyBatch) -> memoryview:
+        """What to decode the batch from. A slot that only a copy to the GPU still holds comes back by itself."""
+        taken = sum(held.in_use for held in list(self._leases.values())) - len(self._ready)
+        if taken >= self._max_leases:
+            return codec.private_copy(ready.memory)
+        if self._pinning is None or ready.failed:
+            return ready.memory
+        return self._pinning.lend(ready.file, ready.mapping, ready.lease, ready.memory)
 
     def _wait_for(self, ticket: int) -> _ReadyBatch:
         started = time.monotonic()

@@ -269,6 +269,7 @@ class Pool:
             for slot in self._slots.values():
                 slot.close()
             self._slots.clear()
+            self.consumer.slots_closed()
             for bookmark in self._bookmarks.values():
                 bookmark.close()
             self._bookmarks.clear()
@@ -339,7 +340,7 @@ class Pool:
             case events.DiscardSlot(slot) if slot in self._slots:
                 self._slots.pop(slot).close()
             case events.Deliver(ticket, slot, failed):
-                self.consumer.put(ticket, slot, self._slots[slot].map(), failed=failed)
+                self.consumer.put(ticket, slot, self._slots[slot], failed=failed)
                 if not failed:
                     self._on_batch(ticket)
             case _:

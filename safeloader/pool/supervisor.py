@@ -37,6 +37,7 @@ from safeloader.pool.patience import HangLimits
 from safeloader.pool.pool import Pool
 from safeloader.pool.work import TooLargeError, Work, WorkNotPicklableError, pack
 from safeloader.report import log
+from safeloader.ring.pinning import Pinning
 
 logger = logging.getLogger("safeloader")
 
@@ -189,6 +190,7 @@ def open_pool(
     first_ticket: int,
     quarantined: Iterable[str] = (),
     numpy_seeds: Sequence[int | None] | None = None,
+    pinning: Pinning | None = None,
 ) -> tuple[Supervisor, Pool]:
     """Start a pool.
 
@@ -201,6 +203,7 @@ def open_pool(
         first_ticket: where in the stream to begin.
         quarantined: cases that are not drawn, beyond those that `options.folder` remembers.
         numpy_seeds: given for a loader that goes on from batch to batch: each worker's, in a lane of its own.
+        pinning: given if the slots are to be pinned memory.
 
     Raises:
         ConfigError: `start_method="clean"`, and the loader can't be pickled.
@@ -240,7 +243,12 @@ def open_pool(
     )
     with Supervisor.hold() as supervisor:
         consumer = Consumer(
-            options.name, first_ticket, limits.max_leases, slow_s=options.slow_warning_s, lanes=limits.lanes
+            options.name,
+            first_ticket,
+            limits.max_leases,
+            slow_s=options.slow_warning_s,
+            lanes=limits.lanes,
+            pinning=pinning,
         )
         pool = Pool(
             next(Supervisor._numbers),

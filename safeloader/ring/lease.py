@@ -16,12 +16,22 @@ import numpy as np
 
 
 class Lease(weakref.ref[Any]):
-    """A weak reference to the memory of `slot`: dead when nothing refers to that any more."""
+    """A weak reference to the memory of `slot`: dead when nothing refers to that any more.
 
-    __slots__ = ("_alarm", "slot")
+    Attributes:
+        user: what the training loop holds, where a copy to the GPU may hold the memory for longer; see `pinning`.
+    """
+
+    __slots__ = ("_alarm", "slot", "user")
 
     slot: int
+    user: weakref.ref[Any] | None
     _alarm: weakref.ref[Any]
+
+    @property
+    def in_use(self) -> bool:
+        """Whether the memory is alive, and not for the sake of a copy alone."""
+        return self() is not None and (self.user is None or self.user() is not None)
 
 
 def lease(memory: mmap.mmap, slot: int, ended: deque[Lease], alarm: Callable[[], None]) -> tuple[memoryview, Lease]:
@@ -34,5 +44,5 @@ def lease(memory: mmap.mmap, slot: int, ended: deque[Lease], alarm: Callable[[],
     root = np.frombuffer(memory, dtype=np.uint8)
     heard = weakref.ref(root, lambda _: alarm())
     held = Lease(root, ended.append)  # the newest reference is told first
-    held.slot, held._alarm = slot, heard
+    held.slot, held.user, held._alarm = slot, None, heard
     return root.data, held

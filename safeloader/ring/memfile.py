@@ -68,6 +68,10 @@ class MemoryFile:
             self._map = mmap.mmap(self.fd, nbytes, flags, mmap.PROT_READ | mmap.PROT_WRITE)
         return self._map
 
+    def maps(self, mapping: mmap.mmap) -> bool:
+        """Whether this is the mapping that `map` returned last, and nothing was closed since."""
+        return self._map is mapping
+
     def close(self) -> None:
         """Close the descriptor and drop the mapping; views on it keep the memory until they are gone."""
         if self.fd >= 0:
