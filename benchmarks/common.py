@@ -5,8 +5,8 @@
 A benchmark says which cases there are (a contestant with a configuration) and how one is measured. Each measurement is
 a fresh process, so nobody inherits another's warm caches or threads; the contestants take turns, so that a machine
 that gets slower in between does so for all. What is left is `NAME.csv` (one `Row` each: its fields are the columns,
-with units), `NAME.json` (machine, versions, commit, command, sizes, and the tables that were printed), and `NAME.png`, drawn
-from the CSV alone.
+with units), `NAME.json` (machine, versions, commit, command, sizes, and the tables that were printed), and `NAME.png`,
+drawn from the CSV alone.
 """
 
 from __future__ import annotations
