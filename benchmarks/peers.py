@@ -6,11 +6,14 @@ out, and the tables say so by not having it.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
 import torch
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
@@ -73,16 +76,82 @@ def single(loader: Any, workers: int, cached: int) -> Running:  # noqa: ARG001 -
     return Running(iter(loader), lambda: None)
 
 
+def spdl(loader: Any, workers: int, cached: int) -> Running:
+    """SPDL's pool of shared-memory segments: a subprocess for each worker, whose batches are taken in turn.
+
+    A segment must hold the largest batch: its size is that of one batch, made here, and an eighth more.
+    """
+    from spdl.pipeline import SharedMemorySegmentPool, iterate_in_subprocess
+
+    largest_nbytes = _nbytes(next(iter(loader))) * 9 // 8 + (1 << 20)
+    segments = -(-(workers + 2 * cached) // workers)
+    running = [
+        iterate_in_subprocess(
+            functools.partial(_worker_loader, loader, number),
+            buffer_size=segments,
+            mp_context="fork",
+            daemon=True,
+            arena=SharedMemorySegmentPool(largest_nbytes, segments),
+        )
+        for number in range(workers)
+    ]
+    iterators = [iter(one) for one in running]
+    batches = (next(one) for one in itertools.cycle(iterators))
+
+    def close() -> None:
+        batches.close()
+        for one in iterators:
+            one.close()
+        iterators.clear()
+        running.clear()
+
+    return Running(batches, close)
+
+
+def _worker_loader(loader: Any, number: int) -> Any:
+    """In the worker: as the stock class's does it, its own number and its own random numbers."""
+    np.random.seed()
+    if hasattr(loader, "set_thread_id"):
+        loader.set_thread_id(number)
+    return loader
+
+
+def _nbytes(batch: Any) -> int:
+    """Of the tensors and arrays in a batch."""
+    if isinstance(batch, dict):
+        return sum(map(_nbytes, batch.values()))
+    if isinstance(batch, list | tuple):
+        return sum(map(_nbytes, batch))
+    return int(batch.nbytes) if isinstance(batch, torch.Tensor | np.ndarray) else 0
+
+
+def installed(module: str) -> bool:
+    """Whether an optional peer can be imported."""
+    return importlib.util.find_spec(module.partition(".")[0]) is not None
+
+
+OPTIONAL: Final[dict[str, tuple[str, Make]]] = {"SPDL segment pool": ("spdl.pipeline", spdl)}
+"""Each with what must be installed for it."""
+
 PEERS: Final[dict[str, Make]] = {
     "stock": stock,
     "safeloader": safeloader,
     "multithreaded": multithreaded,
     "torch DataLoader": torch_dataloader,
     "single process": single,
+    **{name: make for name, (module, make) in OPTIONAL.items() if installed(module)},
 }
 """In the order in which they take turns."""
 
 
-def installed(module: str) -> bool:
-    """Whether an optional peer can be imported."""
-    return importlib.util.find_spec(module) is not None
+def chosen(names: str) -> list[str]:
+    """Those of a list with commas that can be had here: who is not installed is left out.
+
+    Raises:
+        ValueError: nobody is called that.
+    """
+    asked = names.split(",")
+    unknown = [name for name in asked if name not in PEERS and name not in OPTIONAL]
+    if unknown:
+        raise ValueError(f"there is no {', '.join(unknown)}: {', '.join([*PEERS, *OPTIONAL])}")
+    return [name for name in asked if name in PEERS]
