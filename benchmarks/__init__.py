@@ -2,5 +2,5 @@
 
 from typing import Final
 
-BENCHMARKS: Final = ("transport", "startup", "memory", "ordering")
+BENCHMARKS: Final = ("transport", "startup", "memory", "scaling", "ordering")
 """All of them, in the order in which they are run and reported; each is a module here."""
