@@ -11,7 +11,7 @@ import importlib.util
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -134,10 +134,19 @@ def ray_data(loader: Any, workers: int, cached: int) -> Running:
         num_cpus=1,
         compute=ray.data.ActorPoolStrategy(size=workers),
     )
-    passes = (
-        made.iter_batches(batch_size=samples, prefetch_batches=cached, batch_format="numpy") for _ in itertools.count()
-    )
-    return Running(map(_from_columns, itertools.chain.from_iterable(passes)), _end_ray)
+    batches = _passes(made, batch_size=samples, prefetch_batches=cached, batch_format="numpy")
+
+    def close() -> None:
+        batches.close()
+        _end_ray()
+
+    return Running(batches, close)
+
+
+def _passes(dataset: Any, **how: Any) -> Generator[dict[str, Any], None, None]:
+    """Endless. Whoever closes it ends what the dataset runs; if that came after Ray's end, Ray would start again."""
+    while True:
+        yield from map(_from_columns, dataset.iter_batches(**how))
 
 
 def _end_ray() -> None:
