@@ -9,6 +9,7 @@ imports and planning, which are the same for all, are not in it.
 
 Two loaders: a small one whose batch is there at once, so that only starting is measured, and nnU-Net's own, transforms
 included. On few cores the latter's first batch takes long for all: as many workers as there are make theirs at once.
+SPDL's pool must be told how large a batch is: making one for that is in its time.
 """
 
 from __future__ import annotations

@@ -95,6 +95,11 @@ def test_every_benchmark_is_in_the_list() -> None:
     assert there == set(BENCHMARKS)
 
 
+def test_the_readme_has_a_line_for_each() -> None:
+    readme = Path(command.__file__).with_name("README.md").read_text()
+    assert [name for name in BENCHMARKS if f"\n| `{name}` | " not in readme] == []
+
+
 def test_each_has_a_title_of_its_own(tmp_path: Path) -> None:
     text = command.report(tmp_path)
     lines = text.partition("## Not run\n\n")[2].splitlines()[: len(BENCHMARKS)]
