@@ -65,7 +65,7 @@ class Scaling(Benchmark[Row]):
         "each": 3,
         "data": "tiny",
         "configurations": ",".join(brain.CONFIGURATIONS["tiny"]),
-        "most": 2,
+        "most": 1,
     }
 
     def prepare(self, sizes: Mapping[str, Any]) -> None:
