@@ -214,8 +214,8 @@ def median(rows: Sequence[Any], column: str, **which: Any) -> float:
 
 
 def times(value: float, stock: float) -> str:
-    """`value` as a multiple of `stock`."""
-    return f"{value / stock:.2f} ×" if stock else "–"
+    """`value` as a multiple of `stock`, where there is one."""
+    return f"{value / stock:.2f} ×" if stock > 0 else "–"
 
 
 def machine() -> dict[str, Any]:

@@ -14,6 +14,7 @@ SPDL's pool must be told how large a batch is: making one for that is in its tim
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -112,7 +113,7 @@ class Startup(Benchmark[Row]):
                 for column in _COLUMNS:
                     seconds = median(rows, column, contestant=name, loader=loader)
                     later = seconds - median(rows, column, contestant="stock", loader=loader)
-                    cells += [f"{seconds:.2f}", f"{later:+.2f}"]
+                    cells += [f"{seconds:.2f}", "–" if math.isnan(later) else f"{later:+.2f}"]
                 lines.append((name, *cells))
             header = ("", *(cell for what in _COLUMNS.values() for cell in (f"{what}, s", "beside stock, s")))
             workers = rows[0].train_workers
