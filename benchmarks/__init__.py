@@ -1,1 +1,6 @@
-"""Benchmarks: SafeLoader beside the stock class, on the user's own machine."""
+"""What SafeLoader does beside the stock class and other loaders, on your machine. See `README.md` here."""
+
+from typing import Final
+
+BENCHMARKS: Final = ("transport", "startup", "memory", "scaling", "ordering")
+"""All of them, in the order in which they are run and reported; each is a module here."""

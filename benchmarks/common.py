@@ -1,12 +1,12 @@
 """What all benchmarks share: how one is run, and what it leaves.
 
-    python -m benchmarks.NAME [--tiny] [--rounds 5] [--out benchmarks/results] [its own sizes]
+    python -m benchmarks.NAME [--tiny] [--rounds 5] [--out FOLDER] [its own sizes]
 
 A benchmark says which cases there are (a contestant with a configuration) and how one is measured. Each measurement is
 a fresh process, so nobody inherits another's warm caches or threads; the contestants take turns, so that a machine
 that gets slower in between does so for all. What is left is `NAME.csv` (one `Row` each: its fields are the columns,
-with units), `NAME.json` (machine, versions, commit, sizes, and the tables that were printed), and `NAME.png`, drawn
-from the CSV alone.
+with units), `NAME.json` (machine, versions, commit, command, sizes, and the tables that were printed), and `NAME.png`,
+drawn from the CSV alone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -34,6 +36,7 @@ from matplotlib.figure import Figure
 Size = int | float | str
 RowT = TypeVar("RowT")
 
+RESULTS = Path("benchmarks/results")
 VERSIONS = ("torch", "numpy", "batchgenerators", "batchgeneratorsv2", "nnunetv2", "blosc2", "spdl_core", "ray")
 
 
@@ -108,7 +111,7 @@ class Benchmark(ABC, Generic[RowT]):
         for size, default in self.full.items():
             parser.add_argument(f"--{size}", type=type(default), help=f"default: {default}")
         parser.add_argument("--tiny", action="store_true", help="smallest sizes: only to see that it runs")
-        parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+        parser.add_argument("--out", type=Path, help=f"default: {RESULTS}; of --tiny, a new temporary folder")
         parser.add_argument("--one", help=argparse.SUPPRESS)
         arguments = parser.parse_args(argv)
         if arguments.one:
@@ -123,7 +126,7 @@ class Benchmark(ABC, Generic[RowT]):
         sizes = {size: default if given[size] is None else given[size] for size, default in defaults.items()}
         self.prepare(sizes)
         rows = self._all_rounds(sizes)
-        self._publish(arguments.out, rows, sizes)
+        self._publish(arguments.out or default_folder(tiny=arguments.tiny), rows, sizes)
         return 0
 
     def _all_rounds(self, sizes: Mapping[str, Any]) -> list[RowT]:
@@ -142,11 +145,17 @@ class Benchmark(ABC, Generic[RowT]):
             writer.writeheader()
             writer.writerows(asdict(row) for row in rows)  # type: ignore[call-overload]
         tables = self.tables(rows)
-        about = {"machine": machine(), "sizes": dict(sizes), "tables": [asdict(table) for table in tables]}
+        about = {
+            "machine": machine(),
+            "command": command(self.name, sizes, self.full),
+            "sizes": dict(sizes),
+            "tables": [asdict(table) for table in tables],
+        }
         (folder / f"{self.name}.json").write_text(json.dumps({**about, **self.more(sizes)}, indent=2) + "\n")
         self.redraw(folder)
         for table in tables:
             print(f"\n{table.markdown()}")
+        print(f"\n{folder / self.name}.csv, .json, .png")
 
     def redraw(self, folder: Path) -> None:
         """Draw the picture from the CSV file."""
@@ -163,6 +172,17 @@ class Benchmark(ABC, Generic[RowT]):
                 self.row(**{name: _parsed(text, types[name]) for name, text in line.items()})
                 for line in csv.DictReader(file)
             ]
+
+
+def default_folder(*, tiny: bool) -> Path:
+    """Where results go: tiny ones never over those that are kept."""
+    return Path(tempfile.mkdtemp(prefix="safeloader-benchmarks-")) if tiny else RESULTS
+
+
+def command(benchmark: str, sizes: Mapping[str, Size], full: Mapping[str, Size]) -> str:
+    """What measures the same again: the sizes that are not the usual ones are options."""
+    options = [f" --{size} {shlex.quote(str(value))}" for size, value in sizes.items() if value != full[size]]
+    return f"python -m benchmarks.{benchmark}{''.join(options)}"
 
 
 def _parsed(text: str, kind: Any) -> Any:
@@ -194,8 +214,8 @@ def median(rows: Sequence[Any], column: str, **which: Any) -> float:
 
 
 def times(value: float, stock: float) -> str:
-    """`value` as a multiple of `stock`."""
-    return f"{value / stock:.2f} ×" if stock else "–"
+    """`value` as a multiple of `stock`, where there is one."""
+    return f"{value / stock:.2f} ×" if stock > 0 else "–"
 
 
 def machine() -> dict[str, Any]:

@@ -1,49 +1,44 @@
 """What a fixed order and a seed for each batch cost, beside first come, first served.
 
-    python -m benchmarks.ordering [--rounds 5] [--batches 500] [--workers 12] [--out benchmarks/results]
+    python -m benchmarks.ordering [--rounds 5] [--batches 500] [--workers 12] [--spreads 1,10,100]
 
 The stock class gives batches as they come; SafeLoader gives them in the order of their tickets, so one that takes long
 holds up those behind it, as far as the ring does not absorb that. The workers only wait (they share no core), for times
 that vary: all the same, tenfold or a hundredfold, drawn log-uniformly with the same mean. The consumer takes batches
 as fast as it gets them, which is the worst case: a training that is slower than its workers never notices.
 
-`of_possible` is the throughput as a part of what so many workers can make: workers / mean time. Each measurement is a
-fresh process; the contestants take turns. Seeding is measured by itself, over the loader of a small nnU-Net kind.
+`of_possible` is the throughput as a part of what so many workers can make: workers / mean time. Seeding is measured by
+itself, once, over the loader of a small nnU-Net kind.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import json
 import math
-import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 from batchgenerators.dataloading.data_loader import DataLoader
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from matplotlib.figure import Figure
 
-from benchmarks.common import in_a_fresh_process, write
-from safeloader import SafeAugmenter
+from benchmarks.common import Benchmark, Size, Table, median, times
+from benchmarks.peers import PEERS
+from benchmarks.plots import colour, tidy
 from safeloader.pool.owned import OwnedGenerators
 from safeloader.pool.seeding import seed_everything
 
 MEAN_S = 0.2
-SPREADS = (1, 10, 100)
-CACHED = 6
-_WARM_UP = 100
+_CACHED = 6
+_CONTESTANTS = ("stock", "safeloader")
 _SEEDED = 2000
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: the CSV's columns, with units."""
+    """One measurement; `of_possible` is what the module says."""
 
     contestant: str
     round: int
@@ -77,36 +72,6 @@ def _seconds(spread: int, chance: float) -> float:
     return shortest * math.exp(chance * math.log(spread))
 
 
-CONTESTANTS: dict[str, Callable[[Any, int], Any]] = {
-    "stock": lambda loader, workers: NonDetMultiThreadedAugmenter(loader, None, workers, CACHED, None, False, 0.002),
-    "safeloader": lambda loader, workers: SafeAugmenter(loader, None, workers, CACHED, None, False, 0.002),
-}
-
-
-def measure(contestant: str, number: int, spread: int, workers: int, batches: int) -> Row:
-    """One measurement, in this process."""
-    augmenter = CONTESTANTS[contestant](Uneven(spread), workers)
-    for _ in range(_WARM_UP):
-        next(augmenter)
-    waits, started = [], time.monotonic()
-    for _ in range(batches):
-        begun = time.monotonic()
-        next(augmenter)
-        waits.append(time.monotonic() - begun)
-    per_s = batches / (time.monotonic() - started)
-    augmenter._finish()
-    return Row(
-        contestant=contestant,
-        round=number,
-        spread=spread,
-        workers=workers,
-        batches=batches,
-        batches_per_s=round(per_s, 1),
-        of_possible=round(per_s * MEAN_S / workers, 4),
-        longest_wait_s=round(max(waits), 3),
-    )
-
-
 def seeding_us() -> dict[str, float]:
     """Microseconds per ticket for the global generators and for the loader's (one), and per worker to find that."""
     loader = Uneven(1)
@@ -126,47 +91,101 @@ def seeding_us() -> dict[str, float]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run all rounds, print a table, write CSV and JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=500)
-    parser.add_argument("--workers", type=int, default=12)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--one", nargs=3, metavar=("CONTESTANT", "ROUND", "SPREAD"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.one:
-        contestant, number, spread = arguments.one
-        row = measure(contestant, int(number), int(spread), arguments.workers, arguments.batches)
-        print(json.dumps(asdict(row)))
-        return 0
+def _spreads(rows: Sequence[Row]) -> list[int]:
+    return sorted({row.spread for row in rows})
 
-    options = ["--workers", str(arguments.workers), "--batches", str(arguments.batches)]
-    rows: list[Row] = []
-    for number, spread, contestant in itertools.product(range(arguments.rounds), SPREADS, CONTESTANTS):
-        one = in_a_fresh_process("ordering", "--one", contestant, str(number), str(spread), *options)
-        rows.append(Row(**one))
-        print(rows[-1])
 
-    def median(contestant: str, spread: int, column: str) -> float:
-        chosen = [row for row in rows if (row.contestant, row.spread) == (contestant, spread)]
-        return statistics.median(float(getattr(row, column)) for row in chosen)
+class Ordering(Benchmark[Row]):
+    """See the module."""
 
-    print(f"\nmedian of {arguments.rounds} rounds, {arguments.workers} workers, {CACHED} cached, {MEAN_S} s a batch")
-    for spread in SPREADS:
-        stock, safe = (median(contestant, spread, "batches_per_s") for contestant in CONTESTANTS)
-        parts = (median(contestant, spread, "of_possible") for contestant in CONTESTANTS)
-        waits = (median(contestant, spread, "longest_wait_s") for contestant in CONTESTANTS)
-        print(
-            f"times vary {spread:3}-fold: stock {stock:7.1f} batches/s, safeloader {safe:7.1f}, "
-            f"ratio {safe / stock:.3f}; of what is possible {', '.join(f'{part:.3f}' for part in parts)}; "
-            f"longest wait {', '.join(f'{wait:.3f} s' for wait in waits)}"
+    name = "ordering"
+    row = Row
+    full: ClassVar[Mapping[str, Size]] = {
+        "rounds": 5,
+        "batches": 500,
+        "warm_up": 100,
+        "workers": 12,
+        "spreads": "1,10,100",
+    }
+    tiny: ClassVar[Mapping[str, Size]] = {"rounds": 1, "batches": 8, "warm_up": 4, "workers": 2, "spreads": "10"}
+
+    def cases(self, sizes: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Both, for each spread."""
+        counts = {name: sizes[name] for name in ("workers", "batches", "warm_up")}
+        spreads = map(int, sizes["spreads"].split(","))
+        return [{"contestant": name, "spread": spread, **counts} for spread in spreads for name in _CONTESTANTS]
+
+    def measure(self, number: int, **case: Any) -> list[Row]:
+        """Take batches as fast as they come."""
+        batches, workers = case["batches"], case["workers"]
+        running = PEERS[case["contestant"]](Uneven(case["spread"]), workers, _CACHED)
+        for _ in range(case["warm_up"]):
+            next(running)
+        waits, started = [], time.monotonic()
+        for _ in range(batches):
+            begun = time.monotonic()
+            next(running)
+            waits.append(time.monotonic() - begun)
+        per_s = batches / (time.monotonic() - started)
+        running.close()
+        return [
+            Row(
+                contestant=case["contestant"],
+                round=number,
+                spread=case["spread"],
+                workers=workers,
+                batches=batches,
+                batches_per_s=round(per_s, 1),
+                of_possible=round(per_s * MEAN_S / workers, 4),
+                longest_wait_s=round(max(waits), 3),
+            )
+        ]
+
+    def more(self, sizes: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG002
+        """What seeding costs."""
+        return seeding_us()
+
+    def tables(self, rows: Sequence[Row]) -> list[Table]:
+        """A line for each spread."""
+        lines = []
+        for spread in _spreads(rows):
+            rates, possible, waits = (
+                [median(rows, column, contestant=name, spread=spread) for name in _CONTESTANTS]
+                for column in ("batches_per_s", "of_possible", "longest_wait_s")
+            )
+            spread_in_words = f"all {MEAN_S} s" if spread == 1 else f"vary {spread}-fold"
+            longest = (f"{wait:.2f}" for wait in waits)
+            cells = (*(f"{rate:.1f}" for rate in rates), times(rates[1], rates[0]), f"{possible[1]:.0%}", *longest)
+            lines.append((spread_in_words, *cells))
+        title = f"A fixed order: {rows[0].workers} workers that wait, a consumer that is faster (median)"
+        header = (
+            "times of batches",
+            "stock, batches/s",
+            "safeloader, batches/s",
+            "of stock",
+            "of what is possible",
+            "stock's longest wait, s",
+            "safeloader's, s",
         )
-    seeding = seeding_us()
-    print(seeding)
-    write(arguments.out, "ordering", rows, seeding)
-    return 0
+        return [Table(title, header, tuple(lines))]
+
+    def draw(self, rows: Sequence[Row], figure: Figure) -> None:
+        """Throughput over the spread, each round a dot."""
+        axes, spreads = figure.subplots(), _spreads(rows)
+        for name in _CONTESTANTS:
+            medians = [median(rows, "of_possible", contestant=name, spread=spread) for spread in spreads]
+            axes.plot(spreads, medians, color=colour(name), label=name)
+            own = [row for row in rows if row.contestant == name]
+            axes.plot([row.spread for row in own], [row.of_possible for row in own], "o", color=colour(name), ms=3)
+        axes.set_xscale("log")
+        axes.set_xticks(spreads, [f"{spread} ×" for spread in spreads])
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("longest by shortest time of a batch")
+        axes.set_ylabel("throughput, of what is possible")
+        axes.legend(frameon=False)
+        axes.set_title(f"A fixed order beside first come, first served, {rows[0].workers} workers")
+        tidy(axes)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(Ordering().main())

@@ -1,10 +1,11 @@
 """How fast batches get from workers to the trainer: SafeLoader beside the stock class, its peers and plain copies.
 
-    python -m benchmarks.transport [--rounds 5] [--batches 120] [--workers 2] [--out benchmarks/results]
+    python -m benchmarks.transport [--rounds 5] [--warm_up 60] [--batches 300] [--workers 2]
 
 The workers do no other work: each has its batch at hand, so what is measured is transport alone. A batch is nnU-Net's
 for 3d_fullres: 2×1×128³ float32 and five deep-supervision targets of int16. The bound is what as many processes can
-copy at once, each within its own memory: whoever copies each batch once can't be faster.
+copy at once, each within its own memory: whoever copies each batch once can't be faster. The clock starts after
+`warm_up` batches: every slot has been filled once by then.
 """
 
 from __future__ import annotations
@@ -22,16 +23,15 @@ import torch
 from matplotlib.figure import Figure
 
 from benchmarks.common import Benchmark, Size, Table, median, times
-from benchmarks.peers import PEERS
+from benchmarks.peers import OPTIONAL, PEERS, chosen
 from benchmarks.plots import bars, by_contestant
 
 _CACHED = 6
-_WARM_UP = 60
-"""Batches before the clock starts: every slot has been filled once by then."""
 _READ = 20
 """Batches that are then read, a byte of each page, for the page faults that this costs."""
 _PAGE_NBYTES = 4096
 _NO_TRANSPORT = "single process"
+_BOUND = "memcpy"
 
 
 @dataclass(frozen=True)
@@ -114,16 +114,24 @@ class Transport(Benchmark[Row]):
 
     name = "transport"
     row = Row
-    full: ClassVar[Mapping[str, Size]] = {"rounds": 5, "batches": 300, "workers": 2}
-    tiny: ClassVar[Mapping[str, Size]] = {"rounds": 1, "batches": 3}
+    full: ClassVar[Mapping[str, Size]] = {
+        "rounds": 5,
+        "contestants": ",".join(name for name in {**PEERS, **OPTIONAL, _BOUND: None} if name != _NO_TRANSPORT),
+        "warm_up": 60,
+        "batches": 300,
+        "workers": 2,
+    }
+    tiny: ClassVar[Mapping[str, Size]] = {
+        "rounds": 1,
+        "contestants": f"stock,safeloader,SPDL segment pool,{_BOUND}",
+        "warm_up": 5,
+        "batches": 3,
+    }
 
     def cases(self, sizes: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Everybody who has something to transport, and the bound."""
-        contestants = [*(name for name in PEERS if name != _NO_TRANSPORT), "memcpy"]
-        return [
-            {"contestant": contestant, "workers": sizes["workers"], "batches": sizes["batches"]}
-            for contestant in contestants
-        ]
+        same = {name: sizes[name] for name in ("warm_up", "batches", "workers")}
+        return [{"contestant": name, **same} for name in chosen(sizes["contestants"], _BOUND)]
 
     def measure(self, number: int, **case: Any) -> list[Row]:
         """Take the batches and drop them."""
@@ -131,12 +139,12 @@ class Transport(Benchmark[Row]):
         torch.set_num_threads(1)
         loader = Constant()
         batch_mb = round(loader.nbytes / 1e6, 2)
-        if contestant == "memcpy":
+        if contestant == _BOUND:
             return [
                 Row(contestant, number, workers, 0, batch_mb, round(memcpy_gb_per_s(workers, loader.nbytes), 3), 0, 0)
             ]
         running = PEERS[contestant](loader, workers, _CACHED)
-        for _ in range(_WARM_UP):
+        for _ in range(case["warm_up"]):
             _read(next(running))
         before, started = resource.getrusage(resource.RUSAGE_SELF), time.monotonic()
         for _ in range(batches):
@@ -164,7 +172,7 @@ class Transport(Benchmark[Row]):
     def tables(self, rows: Sequence[Row]) -> list[Table]:
         """All contestants beside the stock class."""
         stock = median(rows, "gb_per_s", contestant="stock")
-        bound = median(rows, "gb_per_s", contestant="memcpy")
+        bound = median(rows, "gb_per_s", contestant=_BOUND)
         lines = []
         for contestant in dict.fromkeys(row.contestant for row in rows):
             rate = median(rows, "gb_per_s", contestant=contestant)
@@ -172,7 +180,7 @@ class Transport(Benchmark[Row]):
                 median(rows, column, contestant=contestant)
                 for column in ("trainer_cpu_ms_per_batch", "trainer_page_faults_per_batch")
             )
-            own = ("–", "–") if contestant == "memcpy" else (f"{cpu_ms:.2f}", f"{faults:.0f}")
+            own = ("–", "–") if contestant == _BOUND else (f"{cpu_ms:.2f}", f"{faults:.0f}")
             lines.append((contestant, f"{rate:.2f}", times(rate, stock), f"{rate / bound:.0%}", *own))
         title = f"Transport of {rows[0].batch_mb} MB batches, {rows[0].workers} workers that do no other work (median)"
         header = ("", "GB/s", "of stock", "of memcpy", "trainer's CPU, ms/batch", "trainer's page faults/batch")
@@ -183,7 +191,7 @@ class Transport(Benchmark[Row]):
         left, right = figure.subplots(1, 2)
         bars(left, by_contestant(rows, "gb_per_s"), "GB/s (more is better)")
         cpu = by_contestant(rows, "trainer_cpu_ms_per_batch")
-        cpu.pop("memcpy", None)
+        cpu.pop(_BOUND, None)
         bars(right, cpu, "the trainer's CPU, ms per batch (less is better)")
         figure.suptitle(f"Transport of {rows[0].batch_mb} MB batches, {rows[0].workers} workers")
 
