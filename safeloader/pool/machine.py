@@ -518,7 +518,7 @@ class Machine:
         missing = math.ceil(lane.waiting / self._ahead(lane)) - self._on_their_way(lane)
         for worker in self._crew.called_back(missing, self.allowed):
             self._start(worker, now)
-        if not self._said_who_rests and not any(w.idle or w.asked for w in self._workers):
+        if self._crew.resting and not self._said_who_rests and not any(w.idle or w.asked for w in self._workers):
             self._said_who_rests = True
             self._actions.append(Rest(self._crew.resting, len(self._workers)))
 

@@ -565,8 +565,8 @@ class World(RuleBasedStateMachine):
         self.the_supervisor_waits(times)
 
     @precondition(lambda self: self.limits.rest_after_s < math.inf)
-    @rule(rounds=st.integers(1, 12), takes=st.integers(0, 3))
-    def there_is_little_to_do(self, rounds: int, takes: int) -> None:
+    @rule(rounds=st.integers(1, 12), takes=st.integers(0, 3), at_once=st.booleans())
+    def there_is_little_to_do(self, rounds: int, takes: int, at_once: bool) -> None:
         """All is made that can be, and now and then a batch is taken: who has nothing to do goes."""
         for _ in range(rounds):
             for worker, fake in list(self.alive.items()):
@@ -574,7 +574,8 @@ class World(RuleBasedStateMachine):
                     self.finishes(worker) if fake.ready else self.gets_ready(worker)
             self.now += self.limits.rest_after_s
             self.ticks()
-            self.the_condemned_and_the_retiring_end()
+            if at_once:  # or it is still there when there is something to do again
+                self.the_condemned_and_the_retiring_end()
         for _ in range(takes):
             self.the_consumer_takes()
             self.leases_end()
@@ -640,7 +641,7 @@ class World(RuleBasedStateMachine):
             due += [self.now + 5.0 for fake in self.alive.values() if fake.expected]
             if len(self.alive) + len(self.resting) < self.allowed:
                 due.append(self.now + self.limits.backoff_max_s)
-            if self.measured and not self.limits.own_lanes:
+            if self.measured and not self.limits.own_lanes and self.limits.rest_after_s < math.inf:
                 idle = [f for f in self.alive.values() if f.ready and not (f.queue or f.expected or f.condemned)]
                 due += [max(self.now, fake.idle_from + self.limits.rest_after_s) for fake in idle]
         assert not due or (wake is not None and wake <= min(due) + EPSILON_S)
