@@ -2,5 +2,7 @@
 
 from typing import Final
 
-BENCHMARKS: Final = ("transport", "startup", "memory", "scaling", "ordering")
+BENCHMARKS: Final = (
+    "transport", "nnunet", "startup", "memory", "scaling", "chaos", "recovery", "ordering", "gpu",
+)  # fmt: skip
 """All of them, in the order in which they are run and reported; each is a module here."""

@@ -69,6 +69,7 @@ class Options:
     on_bad_case: OnBadCase
     outage_timeout_s: float
     grow_back_s: float
+    rest_after_s: float
     recycle_growth_mib: int
     slow_warning_s: float
     folder: str | None
@@ -139,6 +140,14 @@ OPTIONS: Final[Mapping[str, Option]] = {
     ),
     "grow_back_s": Option(
         600.0, float, "after so long without trouble, one worker more is tried again", "s", minimum=0.05
+    ),
+    "rest_after_s": Option(
+        20.0,
+        float,
+        "a worker without anything to do for so long leaves, and is started again when it is needed; inf switches it "
+        "off",
+        "s",
+        minimum=0.05,
     ),
     "recycle_growth_mib": Option(
         2048, int, "a worker whose memory has grown by more than this since its 8th batch is replaced", "MiB", minimum=1

@@ -172,6 +172,7 @@ class PoolRunner:
             seed=self.seed,
             stream=self.options.stream,
             workers=self.num_processes,
+            resting=0 if pool is None else pool.machine.resting,
             start_method="forked" if past.use_fork else "clean",
             slots=None if pool is None else pool.slots(),
         )

@@ -102,7 +102,7 @@ class Consumer:
 
     def put(self, ticket: int, slot: int, file: MemoryFile, *, failed: bool) -> None:
         """A batch (or, `failed`, the record of an exception) is ready in the slot's file."""
-        mapping = file.map()
+        mapping = file.map(populate=True)
         leased, held = lease(mapping, slot, self._ended, self._lease_ended)
         self._leases[slot] = held
         self._ready[ticket] = _ReadyBatch(leased, held, file, mapping, failed)

@@ -191,10 +191,11 @@ class Abandon:
 
 @dataclass(frozen=True)
 class Retire:
-    """Ask the worker, which has nothing to do, to leave."""
+    """Ask the worker, which has nothing to do, to leave: for good, or (`rests`) until there is something to do."""
 
     worker: int
     incarnation: int
+    rests: bool = False
 
 
 @dataclass(frozen=True)
@@ -318,6 +319,14 @@ class Resize:
 
 
 @dataclass(frozen=True)
+class Rest:
+    """The others suffice for the work that there is, so `resting` of the `workers` rest: say it, once for the pool."""
+
+    resting: int
+    workers: int
+
+
+@dataclass(frozen=True)
 class SwitchMethod:
     """From here on workers come from the other kind of nursery: record it."""
 
@@ -349,6 +358,7 @@ Action = (
     | Redraw
     | Outage
     | Resize
+    | Rest
     | SwitchMethod
     | GiveUp
 )

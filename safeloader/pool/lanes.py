@@ -59,9 +59,10 @@ class Lane:
 
     def has_lost(self, now: float) -> bool:
         """Whether a lost ticket can be made again now."""
-        for ticket in [ticket for ticket, at in self._later.items() if at <= now]:
-            del self._later[ticket]
-            heapq.heappush(self._lost, ticket)
+        if self._later:
+            for ticket in [ticket for ticket, at in self._later.items() if at <= now]:
+                del self._later[ticket]
+                heapq.heappush(self._lost, ticket)
         return bool(self._lost)
 
     def next_lost(self) -> int:
@@ -78,6 +79,11 @@ class Lane:
         """Whether a new ticket may be given out: there is a slot for it beside those that are kept for lost ones."""
         waits = self.ordered and (self._lost or self._later)
         return not waits and self.slots.obtainable > len(self._lost) + len(self._later)
+
+    @property
+    def waiting(self) -> int:
+        """How many tickets could be given out now, lost and new ones: each has a slot."""
+        return self.slots.obtainable - len(self._later)
 
     def clear(self) -> None:
         """Nothing is made any more."""

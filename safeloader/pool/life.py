@@ -13,6 +13,7 @@ import psutil
 
 from safeloader.faults.exits import ExitCode, ProcessExit
 from safeloader.pool import events, wire
+from safeloader.pool.crew import WorkerState
 from safeloader.pool.events import Cause
 from safeloader.pool.failure import FailureRecord
 from safeloader.pool.records import End
@@ -156,13 +157,13 @@ class Life:
 
 
 def absent(worker: int, incarnation: int, state: str) -> WorkerInfo:
-    """A worker that is not running."""
+    """A worker that is not running: it rests, or its start is to come."""
     return WorkerInfo(
         worker=worker,
         pid=None,
         incarnation=max(0, incarnation),
         state=state,
-        stage=Stage.STARTING.word,
+        stage=(Stage.IDLE if state == WorkerState.RESTING.value else Stage.STARTING).word,
         ticket=None,
         case=None,
         since_s=0.0,

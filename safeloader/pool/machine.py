@@ -3,15 +3,12 @@
 Events and `now` go in, actions come out. No clock, process, thread or descriptor is in here, so every race is a
 list of events in a test. The supervisor feeds it and carries out its actions.
 
-A worker's life (`_Worker.state`):
+A ticket's life: issued in ascending order, lost tickets first → READY → taken exactly once, in order. A worker's: see
+`crew`.
 
-    STARTING ──Ready──► READY ──Exited──► DOWN ──its time comes──► STARTING (next incarnation)
-        └──────Exited──────────────────────▲
-
-A ticket's life: issued in ascending order, lost tickets first → READY → taken exactly once, in order.
-
-Five books are kept by parts of their own: `lanes` (which ticket comes next), `slots` (whose slot), `blame` (a failure's
-culprit), `strength` (how many workers, and when to give up), `patience` (how long without progress).
+Six books are kept by parts of their own: `crew` (who is in which state), `lanes` (which ticket comes next), `slots`
+(whose slot), `blame` (a failure's culprit), `strength` (how many workers, and when to give up), `patience` (how long
+without progress).
 
 Sizes. A lane has at most workers + 2 x num_cached slots. The consumer leases no more than `Limits.max_leases` of them
 (beyond that it gets copies), so workers always have some. A lost ticket has a slot kept for it: otherwise the others'
@@ -21,6 +18,12 @@ Restarts. A death is replaced at once; the same worker's next ones after a growi
 If not all may run, those with the fewest deaths do. A worker that was idle is not evidence against the pool, so it does
 not count towards the intensity, and neither does one beyond those that may run now; of the workers that go down with
 their nursery, one counts. Nor does the pool go on without a worker because it dies idle.
+
+Rest. A worker that had no ticket for `rest_after_s` is asked to leave, and is started again when there is a ticket to
+give out, and a slot for it, that nobody who runs or starts has room for. That is no restart: it has no back-off, counts
+nowhere, and is no incident. A worker with a lane of its own never rests, for nobody else makes its batches; nor does
+one before it was measured. One that dies while it is leaving was idle, and is replaced like any other. Time asleep
+counts as idle: while all have nothing to do, nobody asks the machine, and it can't tell the one from the other.
 
 Watchdog. A worker that starts, works or was asked to leave must show progress within `patience`. Time during which
 the machine itself was not asked says nothing about the workers, so it does not count.
@@ -36,6 +39,7 @@ from enum import Enum
 from typing import Final
 
 from safeloader.pool.blame import Blame, Fate, Policy, Verdict
+from safeloader.pool.crew import Crew, Leave, Worker, WorkerState
 from safeloader.pool.events import (
     Abandon,
     Action,
@@ -59,6 +63,7 @@ from safeloader.pool.events import (
     Ready,
     Redraw,
     Released,
+    Rest,
     Retire,
     Retry,
     Seen,
@@ -93,14 +98,6 @@ _SLEEPS: Final = 32
 _BLAMED: Final = (Cause.ITSELF, Cause.READING, Cause.HUNG, Cause.MEMORY)
 
 
-class WorkerState(str, Enum):
-    """See the module's diagram."""
-
-    STARTING = "starting"
-    READY = "ready"
-    DOWN = "down"
-
-
 class PoolState(str, Enum):
     """`FAILED` and `CLOSED` are final; in both, no worker is started again."""
 
@@ -121,6 +118,7 @@ class Limits:
     backoff_max_s: float
     begin_with: int | None = None
     grow_back_s: float = 600.0
+    rest_after_s: float = math.inf
     other_method: bool = False
     own_lanes: bool = False
     hang: HangLimits = field(default_factory=HangLimits)
@@ -156,36 +154,6 @@ class Limits:
         )  # fmt: skip
 
 
-@dataclass
-class _Worker:
-    index: int
-    state: WorkerState = WorkerState.DOWN
-    incarnation: int = -1
-    restart_at: float = 0.0
-    spent: bool = False  # it left by agreement: the next life is no restart
-    assigned: deque[tuple[int, int]] = field(default_factory=deque)  # (ticket, slot), oldest first
-    deaths: deque[tuple[float, bool]] = field(default_factory=deque)  # since its last batch: when, and was it at work
-    fresh: bool = True  # no batch in this life yet
-    began: float = 0.0  # what it does now
-    since: float = 0.0  # its last sign of progress
-    condemned_at: float | None = None
-    draining: bool = False  # gets no more tickets
-    retired: bool = False  # was asked to leave
-
-    @property
-    def watched(self) -> bool:
-        """Whether progress is expected of it."""
-        return self.condemned_at is None and (self.state is WorkerState.STARTING or bool(self.assigned) or self.retired)
-
-    def begins(self, now: float) -> None:
-        self.began = self.since = now
-
-    def died(self, now: float, *, at_work: bool, window_s: float) -> None:
-        while self.deaths and self.deaths[0][0] < now - window_s:
-            self.deaths.popleft()
-        self.deaths.append((now, at_work))
-
-
 class Machine:
     """The state machine of one pool. Not thread-safe.
 
@@ -210,7 +178,12 @@ class Machine:
             for number in range(limits.lanes)
         ]  # fmt: skip
         self._first_ticket = first_ticket
-        self._workers = [_Worker(index) for index in range(limits.workers)]
+        self._crew = Crew(limits.workers)
+        self._workers = self._crew.workers
+        self._parts = [self._workers[lane.number :: limits.lanes] for lane in self._lanes]  # who works in which lane
+        self._may_rest_once_measured = not limits.own_lanes and limits.rest_after_s < math.inf
+        self._may_rest = self._may_rest_once_measured and limits.begin_with is None
+        self._said_who_rests = False
         self._last = 0.0
         self._sleeps: deque[tuple[float, float]] = deque(maxlen=_SLEEPS)  # (from, to)
         self._actions: list[Action] = []
@@ -240,9 +213,19 @@ class Machine:
         return self._strength.allowed
 
     @property
+    def running(self) -> int:
+        """How many workers have a process, or are about to."""
+        return self._crew.running
+
+    @property
+    def resting(self) -> int:
+        """How many workers have left because there was nothing to do."""
+        return self._crew.resting
+
+    @property
     def stopped(self) -> bool:
         """Whether the pool has ended and no worker is left."""
-        return self.state is not PoolState.RUNNING and all(w.state is WorkerState.DOWN for w in self._workers)
+        return self.state is not PoolState.RUNNING and not self._crew.running
 
     @property
     def wants_slots(self) -> bool:
@@ -254,12 +237,11 @@ class Machine:
         wakes = [w.condemned_at + KILL_S for w in self._workers if w.condemned_at is not None]
         if self.state is PoolState.RUNNING:
             wakes += [wake for lane in self._lanes for wake in lane.wakes]
-            wakes += [self._deadline(w) for w in self._workers if w.watched]
-            if any(w.watched for w in self._workers):
-                wakes.append(self._last + HEARTBEAT_S)
+            wakes += self._ends_of_patience()
+            wakes += [self._rest_at(w) for w in self._workers if w.idle] if self._may_rest else []
             if self._strength.grow_at < math.inf:
                 wakes.append(self._strength.grow_at)
-            wakes += [w.restart_at for w in self._up_next()]
+            wakes += [w.restart_at for w in self._crew.up_next(self.allowed)]
         return min(wakes, default=None)
 
     # ---- the one entrance ----
@@ -271,6 +253,7 @@ class Machine:
         match event:
             case Budget(workers):
                 self._note(self._strength.budget(workers))
+                self._may_rest = self._may_rest_once_measured
             case Taken(ticket):
                 self._lane_of(ticket).slots.taken(ticket)
             case Released(slot):
@@ -287,8 +270,11 @@ class Machine:
             for lane in self._lanes:
                 self._assign_lost(lane, now)
                 self._assign_new(lane, now)
-            self._retire(now)
-        self._trim()
+            self._call_back(now)
+            if isinstance(event, Tick) and self._may_rest:
+                self._send_to_rest(now)
+        else:
+            self._trim()
         return self._actions
 
     def _lane_of(self, ticket: int) -> Lane:
@@ -316,15 +302,19 @@ class Machine:
                 self._on_seen(event, now)
             case Grown(worker, incarnation):
                 self._on_grown(worker, incarnation)
+        known = self._workers[event.worker]
+        if known.leaves is not None and known.idle and self.state is PoolState.RUNNING:
+            self._ask_to_leave(known, now)
 
-    def _current(self, worker: int, incarnation: int) -> _Worker | None:
+    def _current(self, worker: int, incarnation: int) -> Worker | None:
         known = self._workers[worker]
-        return known if known.incarnation == incarnation and known.state is not WorkerState.DOWN else None
+        runs = known.state is WorkerState.STARTING or known.state is WorkerState.READY
+        return known if runs and known.incarnation == incarnation else None
 
     def _on_ready(self, event: Ready, now: float) -> None:
         worker = self._current(event.worker, event.incarnation)
         if worker is not None:
-            worker.state = WorkerState.READY
+            self._crew.enter(worker, WorkerState.READY)
             worker.begins(now)
             self._strength.somebody_is_ready()
             if event.cases is not None:
@@ -374,7 +364,7 @@ class Machine:
         idle_s = now - worker.since if cause is Cause.HUNG else 0.0
         starting = worker.state is WorkerState.STARTING
         at_work = starting or bool(tickets)
-        is_evidence = at_work and self._running <= self.allowed
+        is_evidence = at_work and self._crew.running <= self.allowed
         for ticket, slot in worker.assigned:
             self._lane_of(ticket).lose(ticket, now)
             self._slots(slot).free(slot)
@@ -382,26 +372,27 @@ class Machine:
                 self._discard(slot)
         worker.assigned.clear()
         worker.condemned_at = None
-        worker.draining = worker.retired = False
-        worker.state = WorkerState.DOWN
+        leaves, worker.leaves, worker.asked = worker.leaves, None, False
+        worker.spent = cause is Cause.SPENT and not starting
+        rests = worker.spent and leaves is Leave.RESTS and self.state is PoolState.RUNNING
+        self._crew.enter(worker, WorkerState.RESTING if rests else WorkerState.DOWN)
         if self.state is not PoolState.RUNNING:
             return
-        worker.spent = cause is Cause.SPENT and not starting
         if worker.spent:
             worker.restart_at = now
             return
         in_hand = event.ticket if event.ticket in tickets and cause in _BLAMED else None
         verdict = Verdict(Fate.AGAIN)
-        if in_hand is not None and (cause is not Cause.MEMORY or (self.allowed == 1 and self._running == 0)):
+        if in_hand is not None and (cause is not Cause.MEMORY or (self.allowed == 1 and self._crew.running == 0)):
             verdict = self.blame.died(in_hand, event.case, now, cause, idle_s=idle_s)
             self._lane_of(in_hand).lose(in_hand, now + verdict.in_s)
         worker.died(now, at_work=at_work, window_s=self.limits.window_s)
         worker.restart_at = now + self._backoff_s(len(worker.deaths))
         self._count_death(now, counts=event.counts and is_evidence, starting=starting)
-        memory = self._strength.one_less(Why.MEMORY, now) if cause is Cause.MEMORY else None
+        memory = self._too_many(now) if cause is Cause.MEMORY else None
         rung = self._next_rung(worker, now)
         ends = isinstance(rung, GiveUp) or verdict.fate is Fate.END
-        replaced = not ends and worker in self._up_next()
+        replaced = not ends and worker in self._crew.up_next(self.allowed)
         restart_in_s = worker.restart_at - now if replaced else None
         self._actions.append(
             Mourn(event.worker, event.incarnation, tickets, restart_in_s, cause=cause, again_in_s=verdict.in_s)
@@ -417,7 +408,12 @@ class Machine:
         if counts and self.blame.outage_since is None:
             self._strength.died(now, starting=starting)
 
-    def _next_rung(self, worker: _Worker, now: float) -> Action | None:
+    def _too_many(self, now: float) -> Action | None:
+        """Memory did not suffice for those that ran; who rests had no part in that."""
+        fewer = self._crew.running if self._crew.resting else self.allowed - 1
+        return self._strength.one_less(Why.MEMORY, now, fewer=fewer)
+
+    def _next_rung(self, worker: Worker, now: float) -> Action | None:
         """What to change when deaths are too many; None if they are not."""
         rung = self._strength.step_down(now)
         if rung is not None:
@@ -455,8 +451,8 @@ class Machine:
 
     def _on_grown(self, index: int, incarnation: int) -> None:
         worker = self._current(index, incarnation)
-        if worker is not None and worker.state is WorkerState.READY:
-            worker.draining = True
+        if worker is not None and worker.state is WorkerState.READY and worker.leaves is None:
+            worker.leaves = Leave.REPLACED
 
     def _on_close(self, final: PoolState) -> None:
         if self.state is not PoolState.RUNNING:
@@ -465,14 +461,22 @@ class Machine:
         for lane in self._lanes:
             lane.clear()
         for worker in self._workers:
-            if worker.state is not WorkerState.DOWN and worker.condemned_at is None:
+            if worker.state is WorkerState.RESTING:
+                self._crew.enter(worker, WorkerState.DOWN)
+            elif worker.state is not WorkerState.DOWN and worker.condemned_at is None:
                 worker.condemned_at = self._last
                 self._actions.append(Stop(worker.index, worker.incarnation))
 
     # ---- the watchdog ----
 
-    def _deadline(self, worker: _Worker) -> float:
+    def _deadline(self, worker: Worker) -> float:
         return worker.since + self._patience.allowed_s(first=worker.fresh)
+
+    def _ends_of_patience(self) -> list[float]:
+        """When to look at the workers that are watched."""
+        watched = [w for w in self._workers if w.watched]
+        allowed_s = {first: self._patience.allowed_s(first=first) for first in (False, True)}
+        return [w.since + allowed_s[w.fresh] for w in watched] + ([self._last + HEARTBEAT_S] if watched else [])
 
     def _discount_sleep(self, now: float) -> None:
         fell, self._last = self._last, now
@@ -498,31 +502,50 @@ class Machine:
 
     # ---- what follows from the state, after every event ----
 
-    @property
-    def _running(self) -> int:
-        return sum(w.state is not WorkerState.DOWN for w in self._workers)
-
-    def _up_next(self) -> list[_Worker]:
-        """Who is started when its time comes: as many as are missing, the least troubled first."""
-        down = [w for w in self._workers if w.state is WorkerState.DOWN]
-        return sorted(down, key=lambda w: len(w.deaths))[: max(0, self.allowed - self._running)]
-
     def _start_workers(self, now: float) -> None:
-        for worker in self._up_next():
+        for worker in self._crew.up_next(self.allowed):
             if worker.restart_at <= now:
-                worker.incarnation += 1
-                worker.state = WorkerState.STARTING
-                worker.fresh = True
-                worker.begins(now)
-                self.restarts += worker.incarnation > 0 and not worker.spent
-                self._actions.append(Start(worker.index, worker.incarnation))
+                self._start(worker, now)
+
+    def _start(self, worker: Worker, now: float) -> None:
+        worker.incarnation += 1
+        self._crew.enter(worker, WorkerState.STARTING)
+        worker.fresh = True
+        worker.begins(now)
+        self.restarts += worker.incarnation > 0 and not worker.spent
+        self._actions.append(Start(worker.index, worker.incarnation))
+
+    def _call_back(self, now: float) -> None:
+        """Start those that rest, as many as there is work for that nobody else has room for."""
+        if not self._crew.resting:
+            return
+        (lane,) = self._lanes
+        missing = math.ceil(lane.waiting / self._ahead(lane)) - self._on_their_way(lane)
+        for worker in self._crew.called_back(missing, self.allowed):
+            self._start(worker, now)
+        if self._crew.resting and not self._said_who_rests and not any(w.idle or w.asked for w in self._workers):
+            self._said_who_rests = True
+            self._actions.append(Rest(self._crew.resting, len(self._workers)))
+
+    def _send_to_rest(self, now: float) -> None:
+        for worker in self._workers:
+            if worker.idle and now >= self._rest_at(worker):
+                worker.leaves = Leave.RESTS
+                self._ask_to_leave(worker, now)
+
+    def _rest_at(self, idle: Worker) -> float:
+        return idle.since + self.limits.rest_after_s
+
+    def _ask_to_leave(self, worker: Worker, now: float) -> None:
+        worker.asked = True
+        worker.begins(now)
+        self._actions.append(Retire(worker.index, worker.incarnation, rests=worker.leaves is Leave.RESTS))
 
     def _assign_lost(self, lane: Lane, now: float) -> None:
         """Lost tickets go to idle workers; behind another ticket only if no replacement is on its way."""
-        expecting = any(w.state is WorkerState.STARTING and w.condemned_at is None for w in self._of(lane))
         while lane.has_lost(now):
             worker = self._least_loaded(lane)
-            if worker is None or (worker.assigned and expecting):
+            if worker is None or (worker.assigned and self._on_their_way(lane)):
                 return
             self._give(worker, lane, lane.next_lost(), now)
 
@@ -530,7 +553,13 @@ class Machine:
         while lane.has_new and (worker := self._least_loaded(lane)) is not None:
             self._give(worker, lane, lane.next_new(), now)
 
-    def _give(self, worker: _Worker, lane: Lane, ticket: int, now: float) -> None:
+    def _on_their_way(self, lane: Lane) -> int:
+        """How many workers start, and will take tickets."""
+        if not self._crew.starting:
+            return 0
+        return sum(w.state is WorkerState.STARTING and w.condemned_at is None for w in self._parts[lane.number])
+
+    def _give(self, worker: Worker, lane: Lane, ticket: int, now: float) -> None:
         obtained = lane.slots.obtain()
         assert obtained is not None, "there is a slot for a new ticket, and one is kept for a lost one"
         slot, made = obtained
@@ -542,30 +571,24 @@ class Machine:
         worker.assigned.append((ticket, slot))
         self._actions.append(Produce(worker.index, ticket, slot, self.blame.attempt(ticket)))
 
-    def _of(self, lane: Lane) -> list[_Worker]:
-        return self._workers[lane.number :: len(self._lanes)]
+    def _ahead(self, lane: Lane) -> int:
+        """How many tickets a worker may hold."""
+        return 1 if lane.ordered or self._patience.typical_s > QUICK_S else TICKETS_AHEAD
 
-    def _least_loaded(self, lane: Lane) -> _Worker | None:
-        ahead = 1 if lane.ordered or self._patience.typical_s > QUICK_S else TICKETS_AHEAD
-        ready = [
-            w
-            for w in self._of(lane)
-            if w.state is WorkerState.READY and len(w.assigned) < ahead and w.condemned_at is None and not w.draining
-        ]
-        return min(ready, key=lambda w: len(w.assigned), default=None)
-
-    def _retire(self, now: float) -> None:
-        for worker in self._workers:
-            idle = worker.state is WorkerState.READY and not worker.assigned and worker.condemned_at is None
-            if idle and worker.draining and not worker.retired:
-                worker.retired = True
-                worker.begins(now)
-                self._actions.append(Retire(worker.index, worker.incarnation))
+    def _least_loaded(self, lane: Lane) -> Worker | None:
+        """Who gets the next ticket: of those with the fewest the first one, so that the last ones may rest."""
+        ahead = self._ahead(lane)
+        least: Worker | None = None
+        for worker in self._parts[lane.number]:
+            if worker.has_room(ahead):
+                if not worker.assigned:
+                    return worker
+                if least is None or len(worker.assigned) < len(least.assigned):
+                    least = worker
+        return least
 
     def _trim(self) -> None:
         """Once the pool has ended, let every slot go that nobody holds."""
-        if self.state is PoolState.RUNNING:
-            return
         for lane in self._lanes:
             for slot_id, slot in lane.slots:
                 if slot.state in (SlotState.FREE, SlotState.READY):
@@ -590,10 +613,9 @@ class Machine:
         assert filling == {slot for _, slot in assigned} and len(filling) == len(assigned), "one owner per slot"
         for worker in self._workers:
             assert len(worker.assigned) <= TICKETS_AHEAD
-            assert not worker.assigned or worker.state is WorkerState.READY
             for ticket, slot_id in worker.assigned:
                 assert (slots[slot_id].worker, slots[slot_id].ticket) == (worker.index, ticket)
-                assert worker in self._of(self._lane_of(ticket)), "each in its lane"
+                assert worker in self._parts[self._lane_of(ticket).number], "each in its lane"
         ready = [slot.ticket for slot in slots.values() if slot.state is SlotState.READY]
         lost = [ticket for lane in self._lanes for ticket in lane.lost]
         alive = [ticket for ticket, _ in assigned] + [t for t in ready if t is not None] + lost
@@ -606,3 +628,9 @@ class Machine:
         if self.state is PoolState.RUNNING:
             assert all(len(lane.lost) <= lane.slots.obtainable for lane in self._lanes), "a slot is kept for each"
             assert 1 <= self.allowed <= self.limits.workers
+        self._crew.validate()
+        if self._crew.resting:
+            assert self.state is PoolState.RUNNING and not self.limits.own_lanes
+            (lane,) = self._lanes
+            room = self._ahead(lane) * self._on_their_way(lane)
+            assert lane.waiting <= room or self._crew.running >= self.allowed, "nobody rests while work waits"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import math
 import os
 import threading
@@ -27,6 +28,7 @@ from safeloader.faults.incident import Incident
 from safeloader.pool import events, machine, records, wire
 from safeloader.pool.book import Book
 from safeloader.pool.consumer import Consumer
+from safeloader.pool.crew import WorkerState
 from safeloader.pool.events import Cause, Why
 from safeloader.pool.failure import FailureRecord
 from safeloader.pool.launch import ForkRequest
@@ -34,6 +36,7 @@ from safeloader.pool.life import Life, absent
 from safeloader.pool.memory_watch import MemoryWatch, OomWatch, Ring, fit, growth_nbytes
 from safeloader.pool.relay import Relay
 from safeloader.pool.work import Work
+from safeloader.report import log
 from safeloader.report.audit import Audit, Header
 from safeloader.report.errand import Errand
 from safeloader.report.stats import WorkerInfo
@@ -157,25 +160,23 @@ class Pool:
         """Feed the machine and do what it says; what that causes at once is fed as well."""
         with self.lock:
             queue = deque([*self.consumer.news(), *happened])
-            ended = False
             while queue:
-                event = queue.popleft()
-                for action in self.machine.handle(event, time.monotonic()):
+                for action in self.machine.handle(queue.popleft(), time.monotonic()):
                     try:
                         queue.extend(self._carry_out(action))
                     except OSError as error:
                         self.consumer.fail(records.out_of_resources(self.name, error))
                         queue.append(events.Close(failed=True))
                         break
-                ended = ended or isinstance(event, events.Exited)
                 if not queue:
                     self.consumer.wants_slots = self.machine.wants_slots
                     if self.consumer.wants_slots:  # a lease may have ended just before, and have woken nobody
                         queue.extend(self.consumer.news())
             self.due = self.machine.next_wake()
-            for life in list(self.lives.values()) if ended else ():
-                if self.machine.worker_state(life.worker) is machine.WorkerState.DOWN:
-                    self._bury(life)
+            if len(self.lives) > self.machine.running:
+                for life in list(self.lives.values()):
+                    if self.machine.worker_state(life.worker) in (WorkerState.DOWN, WorkerState.RESTING):
+                        self._bury(life)
             if self.machine.state is machine.PoolState.CLOSED:
                 self.consumer.drop()  # after a failure, what is ready is still delivered
 
@@ -283,7 +284,7 @@ class Pool:
     # ---- any thread ----
 
     def workers(self) -> tuple[WorkerInfo, ...]:
-        """What each worker is doing now; one that waits to be started again has no pid."""
+        """What each worker is doing now; one that rests, or waits to be started again, has no pid."""
         with self.lock:
             return tuple(self._worker_info(worker) for worker in range(self.machine.limits.workers))
 
@@ -361,7 +362,7 @@ class Pool:
             case events.Abandon(worker):
                 return self._abandon(self.lives[worker])
             case events.Retire(worker):
-                self._retire(self.lives[worker])
+                self._retire(self.lives[worker], rests=action.rests)
         return []
 
     def _start(self, worker: int, incarnation: int) -> None:
@@ -423,9 +424,10 @@ class Pool:
         life.words = "was killed and does not end"
         return [self._exited(life, proven=False, cause=Cause.NURSERY)]
 
-    def _retire(self, life: Life) -> None:
-        grown, limit = growth_nbytes(life), self._memory.growth_nbytes
-        self._note(records.recycled(self.name, life.worker, life.pid, grown_nbytes=grown, limit_nbytes=limit))
+    def _retire(self, life: Life, *, rests: bool) -> None:
+        if not rests:
+            grown, limit = growth_nbytes(life), self._memory.growth_nbytes
+            self._note(records.recycled(self.name, life.worker, life.pid, grown_nbytes=grown, limit_nbytes=limit))
         with contextlib.suppress(wire.ChannelClosedError):
             life.channel.send(wire.Retire())
 
@@ -549,6 +551,8 @@ class Pool:
                 self._note(records.outage(name, action))
             case events.Resize(_, _, why) if not action.after_measuring:
                 self._note(records.resized(name, action), quietly=why is Why.QUIET)
+            case events.Rest():
+                log.say(logging.INFO, records.resting(name, action, self.options.rest_after_s))
             case events.SwitchMethod():
                 self.use_fork = True
                 self._note(records.switched(name, to_fork=True))
@@ -563,7 +567,7 @@ class Pool:
 
     def _quarantine(self, case: str) -> None:
         for life in self.lives.values():
-            if self.machine.worker_state(life.worker) is machine.WorkerState.READY:
+            if self.machine.worker_state(life.worker) is WorkerState.READY:
                 self._avoid(life, [case])
 
     def _mourn(self, mourn: events.Mourn) -> None:

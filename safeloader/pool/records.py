@@ -254,6 +254,14 @@ def resized(pool: str, resize: events.Resize, detail: str | None = None) -> Inci
     return _event(pool, kind, message, action, advice=advice)
 
 
+def resting(pool: str, rest: events.Rest, after_s: float) -> str:
+    """Workers have left because there was nothing to do. No incident: a line for who wonders where they are."""
+    return (
+        f"pool {pool!r}: {rest.resting} of {rest.workers} workers rest, since they had nothing to do for {after_s:g} s "
+        "(rest_after_s); they are started again when they are needed"
+    )
+
+
 def switched(pool: str, *, to_fork: bool) -> Incident:
     """Workers come from the other kind of nursery from here on."""
     action = "forked from the trainer" if to_fork else "started from a clean process"

@@ -39,6 +39,7 @@ class Slots:
         self._limit = limit
         self._slots: dict[int, Slot] = {}
         self._free: dict[int, None] = {}  # those of them that are FREE, the last one to become it last
+        self._ready: dict[int, int] = {}  # those of them that are READY, by ticket
         self._next, self._step = first, step
 
     def __len__(self) -> int:
@@ -77,6 +78,7 @@ class Slots:
     def ready(self, slot: int, ticket: int) -> None:
         """FILLING → READY."""
         self._slots[slot] = Slot(SlotState.READY, ticket=ticket)
+        self._ready[ticket] = slot
 
     def free(self, slot: int) -> None:
         """FILLING or LEASED → FREE, or a new one."""
@@ -85,17 +87,23 @@ class Slots:
 
     def taken(self, ticket: int) -> None:
         """READY → LEASED; nothing if it was let go already."""
-        for slot in self._slots.values():
-            if slot.state is SlotState.READY and slot.ticket == ticket:
-                slot.state, slot.ticket = SlotState.LEASED, None
+        slot = self._ready.pop(ticket, None)
+        if slot is not None:
+            self._slots[slot] = Slot(SlotState.LEASED)
 
     def released(self, slot: int) -> None:
         """LEASED → FREE; also READY → FREE: it was taken and let go so quickly that `taken` is still to come."""
         known = self._slots.get(slot)
         if known is not None and known.state in (SlotState.READY, SlotState.LEASED):
+            self._forget(known)
             self.free(slot)
 
     def discard(self, slot: int) -> None:
         """Forget it."""
-        del self._slots[slot]
+        self._forget(self._slots.pop(slot))
         self._free.pop(slot, None)
+
+    def _forget(self, slot: Slot) -> None:
+        """It is not READY any more, if it was."""
+        if slot.state is SlotState.READY and slot.ticket is not None:
+            self._ready.pop(slot.ticket, None)

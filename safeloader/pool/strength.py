@@ -109,9 +109,10 @@ class Strength:
             return SwitchMethod()
         return GiveUp(why, deaths)
 
-    def one_less(self, why: Why, now: float) -> Resize | None:
-        """Go on with one worker less, if there is more than one, and they can do without it."""
-        return self._resize(self.allowed - 1, why, now) if self._may_shrink else None
+    def one_less(self, why: Why, now: float, *, fewer: int | None = None) -> Resize | None:
+        """Go on with one worker less (or with so many `fewer`), if there is more than one, and it can be done."""
+        workers = self.allowed - 1 if fewer is None else max(1, min(fewer, self.allowed - 1))
+        return self._resize(workers, why, now) if self._may_shrink else None
 
     def grow(self, now: float) -> Resize | None:
         """One worker more, if it is time."""

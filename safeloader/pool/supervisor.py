@@ -232,6 +232,7 @@ def open_pool(
         backoff_max_s=options.backoff_max_s,
         begin_with=memory_watch.begin_with() if numpy_seeds is None else None,
         grow_back_s=options.grow_back_s,
+        rest_after_s=options.rest_after_s,
         own_lanes=numpy_seeds is not None,
         other_method=packed is not None and options.start_method is StartMethod.AUTO,
         hang=HangLimits(

@@ -16,7 +16,7 @@ class WorkerInfo:
         worker: its index, from 0.
         pid: its process id, or None while it is not running.
         incarnation: which life it is in, from 0.
-        state: "starting", "ready" or "down".
+        state: "starting", "ready", "down" (it is to be started again), or "resting" (it is started when it is needed).
         stage: what it is doing: "starting", "loading", "transforming", "encoding" or "idle".
         ticket: what it is working on, or None.
         case: the sample's identifier, or None where it is not known.
@@ -54,6 +54,7 @@ class Report:
         seed: the root seed: giving it as `seed=` gives the same stream.
         stream: which stream of it.
         workers: how many workers.
+        resting: how many of them have left for now, because there was nothing to do.
         start_method: "clean" or "forked".
         slots: how many slots are free, filling, ready and leased; None where there is no pool.
     """
@@ -70,6 +71,7 @@ class Report:
     seed: int
     stream: int
     workers: int
+    resting: int
     start_method: str
     slots: dict[str, int] | None
 

@@ -122,7 +122,7 @@ def encode(batch: Any, slot: MemoryFile, ticket: int, *, by_value: bool) -> int:
     slot.grow(used)
     killpoints.reach("worker.step.grown")
 
-    with memoryview(slot.map()) as memory:
+    with memoryview(slot.map(populate=True)) as memory:
         for number, (offset, buffer) in enumerate(zip(offsets, buffers, strict=True)):
             memory[offset : offset + buffer.nbytes] = buffer
             _ENTRY.pack_into(memory, table_at + number * _ENTRY.size, offset, buffer.nbytes)

@@ -26,6 +26,7 @@ QUIET = Report(
     seed=7,
     stream=0,
     workers=2,
+    resting=0,
     start_method="clean",
     slots=None,
 )

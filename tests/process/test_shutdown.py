@@ -378,6 +378,22 @@ def test_training_goes_on_with_a_new_nursery(undisturbed: list[object], method: 
         assert incident.signal is None, "nobody saw what killed the worker"
 
 
+@pytest.mark.parametrize("method", ["clean", "forked"])
+def test_a_nursery_that_dies_while_all_workers_rest(undisturbed: list[object], method: str) -> None:
+    """No worker goes down with it, so there is nothing to mourn; another one is started when it is needed."""
+    with SafeAugmenter(RandomLoader(), None, 3, 2, seed=7, start_method=method, rest_after_s=0.2) as augmenter:
+        batches = [fingerprint(next(augmenter)) for _ in range(3)]
+        wait_until(lambda: augmenter.report().resting == 3)
+        pid = _kill_nursery()
+        wait_until(lambda: not psutil.pid_exists(pid), what="that the supervisor has reaped it")
+        assert augmenter.report().resting == 3
+        batches += [fingerprint(next(augmenter)) for _ in range(97)]
+        assert _nurseries()[0].pid != pid
+        report = augmenter.report()
+    assert batches == undisturbed
+    assert (report.restarts, report.incidents) == (0, ())
+
+
 @pytest.mark.parametrize("workers", [1, 3, 6])
 def test_nurseries_killed_in_a_row_while_they_start(undisturbed: list[object], workers: int) -> None:
     """A nursery's death is one death, however many workers go down with it."""

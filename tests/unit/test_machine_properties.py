@@ -22,6 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from safeloader.config import OnBadCase
 from safeloader.pool import events
 from safeloader.pool.blame import Policy
+from safeloader.pool.crew import WorkerState
 from safeloader.pool.events import Cause, Why
 from safeloader.pool.machine import KILL_S, Limits, Machine, PoolState
 from safeloader.pool.patience import HangLimits
@@ -54,6 +55,8 @@ class _FakeWorker:
     fresh: bool = True
     grown: bool = False
     retiring: bool = False
+    rests: bool = False
+    idle_from: float = 0.0  # since when it is ready and has nothing to do
     condemned: float | None = None  # on the clock that stands still
     unkillable: bool = False
     queue: list[tuple[int, int]] = field(default_factory=list)
@@ -72,6 +75,7 @@ class World(RuleBasedStateMachine):
         other_method=st.booleans(),
         own_lanes=st.sampled_from([False, False, True]),
         grow_back_s=st.sampled_from([5.0, 600.0]),
+        rest_after_s=st.sampled_from([0.4, 3.0, 20.0, math.inf]),
         hang=st.sampled_from(
             [
                 HangLimits(),
@@ -100,6 +104,7 @@ class World(RuleBasedStateMachine):
         other_method: bool,
         own_lanes: bool,
         grow_back_s: float,
+        rest_after_s: float,
         hang: HangLimits,
         policy: Policy,
         cases: int | None,
@@ -115,6 +120,7 @@ class World(RuleBasedStateMachine):
             backoff_max_s=5,
             begin_with=1 if begin_with_one else None,
             grow_back_s=grow_back_s,
+            rest_after_s=rest_after_s,
             other_method=other_method,
             own_lanes=own_lanes,
             hang=hang,
@@ -124,6 +130,9 @@ class World(RuleBasedStateMachine):
         self.cases = cases
         self.now = self.asked = self.awake = 1000.0
         self.alive: dict[int, _FakeWorker] = {}
+        self.resting: set[int] = set()
+        self.measured = not begin_with_one
+        self.said_who_rests = False
         self.lives: Counter[int] = Counter()
         self.buried: list[tuple[int, int]] = []
         self.slots: set[int] = set()
@@ -163,6 +172,7 @@ class World(RuleBasedStateMachine):
                 queue.extend(self.carry_out(action))
             self.machine.validate()
         self.it_wakes_in_time()
+        self.nobody_rests_while_work_waits()
         return actions
 
     def carry_out(self, action: events.Action) -> list[events.Event]:  # noqa: C901 - one branch an action
@@ -183,12 +193,8 @@ class World(RuleBasedStateMachine):
                 return [events.Seen(worker, incarnation, fake.since)]
             case events.Abandon(worker, incarnation):
                 return [self.abandon(worker, incarnation)]
-            case events.Retire(worker, incarnation):
-                fake = self.alive[worker]
-                assert fake.incarnation == incarnation and fake.ready and fake.condemned is None
-                assert fake.grown and not fake.retiring and not fake.queue
-                fake.retiring = True
-                fake.progress = self.awake
+            case events.Retire():
+                self.retire(action)
             case events.CreateSlot(slot):
                 assert slot not in self.slots
                 self.slots.add(slot)
@@ -210,6 +216,17 @@ class World(RuleBasedStateMachine):
                 self.record(action)
         return []
 
+    def retire(self, action: events.Retire) -> None:
+        fake = self.alive[action.worker]
+        assert fake.incarnation == action.incarnation and fake.ready and fake.condemned is None
+        assert not fake.retiring and not fake.queue and not self.ended
+        assert action.rests or fake.grown
+        if action.rests:
+            assert not self.limits.own_lanes and self.measured
+            assert self.now >= fake.idle_from + self.limits.rest_after_s, "it had something to do"
+        fake.retiring, fake.rests = True, action.rests
+        fake.progress = self.awake
+
     def is_to_come(self, ticket: int) -> bool:
         return ticket >= self.next_tickets[ticket % self.limits.lanes]
 
@@ -219,6 +236,7 @@ class World(RuleBasedStateMachine):
         assert not self.ended, "nothing is started after the end"
         assert action.incarnation == self.lives[worker]
         self.lives[worker] += 1
+        self.resting.discard(worker)
         self.alive[worker] = _FakeWorker(action.incarnation, self.now, self.awake)
         assert len(self.alive) <= self.allowed, "nothing is started beyond what is allowed"
 
@@ -248,6 +266,7 @@ class World(RuleBasedStateMachine):
     def goes_on(self, fake: _FakeWorker) -> None:
         """It has done one thing and begins the next."""
         fake.since, fake.progress, fake.began = self.now, self.awake, self.now
+        fake.idle_from = self.now
 
     def it_is_hung(self, fake: _FakeWorker, action: events.Condemn) -> None:
         assert fake.expected and not self.ended
@@ -273,6 +292,8 @@ class World(RuleBasedStateMachine):
             if not proven:
                 self.unproven.add(slot)
         self.buried.append((worker, fake.incarnation))
+        if fake.rests and cause is Cause.SPENT and fake.condemned is None and not self.ended:
+            self.resting.add(worker)
         ticket = fake.queue[0][0] if fake.queue else None
         blamed = cause in (Cause.ITSELF, Cause.READING, Cause.MEMORY, Cause.HUNG) or fake.condemned is not None
         if case is not None and ticket is not None and blamed:
@@ -280,7 +301,7 @@ class World(RuleBasedStateMachine):
         self.deaths += 1
         return events.Exited(worker, fake.incarnation, cause, proven, counts, ticket=ticket, case=case)
 
-    def record(self, action: events.Action) -> None:
+    def record(self, action: events.Action) -> None:  # noqa: C901 - one branch an action
         policy = self.limits.policy
         match action:
             case events.Mourn(_, _, tickets, restart_in_s, _, again_in_s):
@@ -310,6 +331,10 @@ class World(RuleBasedStateMachine):
                 assert why is not Why.QUIET or workers == before + 1 <= self.most
                 assert why not in (Why.DEATHS, Why.STARTS) or workers < before
                 self.allowed = workers
+            case events.Rest(resting, workers):
+                assert (resting, workers) == (len(self.resting), self.limits.workers) and resting > 0
+                assert not self.said_who_rests, "it is said once"
+                self.said_who_rests = True
             case events.SwitchMethod():
                 assert self.limits.other_method and not self.switched and self.allowed == self.least
                 self.switched = True
@@ -476,6 +501,7 @@ class World(RuleBasedStateMachine):
     @rule(workers=st.integers(0, 6))
     def memory_is_measured(self, workers: int) -> None:
         self.most = max(1, min(workers, self.limits.workers))
+        self.measured = True
         self.feed(events.Budget(workers))
         assert self.allowed <= self.most
 
@@ -538,6 +564,22 @@ class World(RuleBasedStateMachine):
                     fake.since, fake.progress = self.now, self.awake
         self.the_supervisor_waits(times)
 
+    @precondition(lambda self: self.limits.rest_after_s < math.inf)
+    @rule(rounds=st.integers(1, 12), takes=st.integers(0, 3), at_once=st.booleans())
+    def there_is_little_to_do(self, rounds: int, takes: int, at_once: bool) -> None:
+        """All is made that can be, and now and then a batch is taken: who has nothing to do goes."""
+        for _ in range(rounds):
+            for worker, fake in list(self.alive.items()):
+                while worker in self.alive and (not fake.ready or fake.queue):
+                    self.finishes(worker) if fake.ready else self.gets_ready(worker)
+            self.now += self.limits.rest_after_s
+            self.ticks()
+            if at_once:  # or it is still there when there is something to do again
+                self.the_condemned_and_the_retiring_end()
+        for _ in range(takes):
+            self.the_consumer_takes()
+            self.leases_end()
+
     @rule(times=st.integers(1, 40), obedient=st.booleans())
     def the_supervisor_waits(self, times: int, obedient: bool = True) -> None:
         """As it does: until the machine wants to be called, and nothing else happens meanwhile."""
@@ -580,6 +622,16 @@ class World(RuleBasedStateMachine):
 
     # ---- what must hold ----
 
+    def nobody_rests_while_work_waits(self) -> None:
+        """Somebody is on the way whenever a ticket could be made, and a worker may be started for it."""
+        if self.ended or not self.resting or len(self.alive) >= self.allowed:
+            return
+        used = len(self.filling.keys() | self.leased | set(self.delivered.values()))
+        later = sum(at > self.now for at in self.not_before.values())
+        waiting = self.limits.slots - used - later
+        starting = any(not fake.ready and fake.condemned is None for fake in self.alive.values())
+        assert waiting == 0 or starting, f"{waiting} tickets could be made, and {self.resting} rest"
+
     def it_wakes_in_time(self) -> None:
         """The machine knows when it is needed again, as far as this world can tell."""
         wake = self.machine.next_wake()
@@ -587,8 +639,11 @@ class World(RuleBasedStateMachine):
         if not self.ended:
             due += [at for at in self.not_before.values() if at > self.now]
             due += [self.now + 5.0 for fake in self.alive.values() if fake.expected]
-            if len(self.alive) < self.allowed:
+            if len(self.alive) + len(self.resting) < self.allowed:
                 due.append(self.now + self.limits.backoff_max_s)
+            if self.measured and not self.limits.own_lanes and self.limits.rest_after_s < math.inf:
+                idle = [f for f in self.alive.values() if f.ready and not (f.queue or f.expected or f.condemned)]
+                due += [max(self.now, fake.idle_from + self.limits.rest_after_s) for fake in idle]
         assert not due or (wake is not None and wake <= min(due) + EPSILON_S)
 
     @invariant()
@@ -596,6 +651,9 @@ class World(RuleBasedStateMachine):
         assert self.ended == (self.machine.state is not PoolState.RUNNING)
         assert self.machine.stopped == (self.ended and not self.alive)
         assert self.machine.allowed == self.allowed
+        resting = {w for w in range(self.limits.workers) if self.machine.worker_state(w) is WorkerState.RESTING}
+        assert resting == (set() if self.ended else self.resting)
+        assert not self.alive.keys() & self.resting
         if self.ended:
             assert all(fake.condemned is not None for fake in self.alive.values()), "all are told to end"
 

@@ -41,15 +41,17 @@ class Ring:
         self.pinning = Pinning(self.cuda.start, threaded=threaded)
         self.threaded = threaded
         self.consumer = Consumer("test", 0, max_leases, slow_s=60, pinning=self.pinning)
-        self.consumer.post = self._on_event
         self.consumer.wake = lambda: None
         self.slots = Slots(slots)
         self.files: dict[int, MemoryFile] = {}
         self.tickets = itertools.count()
 
-    def _on_event(self, event: events.Event) -> None:
-        assert isinstance(event, events.Taken)
-        self.slots.taken(event.ticket)
+    def _hear(self) -> None:
+        for event in self.consumer.news():
+            if isinstance(event, events.Taken):
+                self.slots.taken(event.ticket)
+            else:
+                self.slots.released(event.slot)
 
     def fill(self, nbytes: int = SMALL) -> int | None:
         """What a worker does with a free slot, if there is one."""
@@ -70,6 +72,7 @@ class Ring:
     def take(self) -> Any:
         ticket = self.consumer.next_ticket
         batch = self.consumer.take()
+        self._hear()
         assert int(batch["tiny"]) == ticket
         assert (batch["data"] == ticket % 251).all()
         return batch
@@ -78,8 +81,7 @@ class Ring:
         """What the thread does as long as it need not wait, and then the supervisor."""
         while not self.threaded and self.pinning.pending and self.cuda.next_is_done:
             self.pinning.attend()
-        for event in self.consumer.released():
-            self.slots.released(event.slot)
+        self._hear()
 
     def states(self) -> dict[str, int]:
         return {state.name: count for state, count in self.slots.counts().items() if count}
