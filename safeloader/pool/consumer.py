@@ -93,6 +93,7 @@ class Consumer:
         self._ended: deque[Lease] = deque()
         self._taken: dict[int, int] = {}  # tickets by slot that the machine was not told of yet
         self._ready: dict[int, _ReadyBatch] = {}
+        self._unannounced = False
         self._errors: list[BaseException] = []
         self._failure: BaseException | None = None  # of a ticket, at its place; the errors come after all tickets
         self._bell = threading.Lock()  # released: something has changed. Not a Condition: see the class
@@ -106,7 +107,13 @@ class Consumer:
         leased, held = lease(mapping, slot, self._ended, self._lease_ended)
         self._leases[slot] = held
         self._ready[ticket] = _ReadyBatch(leased, held, file, mapping, failed)
-        self._ring()
+        self._unannounced = True
+
+    def announce(self) -> None:
+        """Wake whoever waits for what was put: last in a turn, since he needs the interpreter's lock next."""
+        if self._unannounced:
+            self._unannounced = False
+            self._ring()
 
     def fail(self, error: BaseException) -> None:
         """No batch comes after those that are ready; the first error stays."""

@@ -203,7 +203,7 @@ class Pool:
         with self.lock:
             if life.buried:  # by what the same turn has heard before
                 return
-            said = self._drain(life)
+            said = self._drain(life, at_most=1)  # what follows keeps the socket readable
             if life.silent:
                 self._the_host.unwatch(life)
             self.step(*said)
@@ -480,10 +480,11 @@ class Pool:
             for at in range(0, len(names), _AVOID_AT_ONCE):
                 life.channel.send(wire.Avoid(tuple(names[at : at + _AVOID_AT_ONCE])))
 
-    def _drain(self, life: Life) -> list[events.Event]:
-        """Everything that the worker has said since."""
+    def _drain(self, life: Life, at_most: float = math.inf) -> list[events.Event]:
+        """What the worker has said since, so many messages of it."""
         said: list[events.Event] = []
-        while not life.silent:
+        while not life.silent and at_most > 0:
+            at_most -= 1
             try:
                 received = life.channel.receive(wait=False)
             except wire.ChannelClosedError:

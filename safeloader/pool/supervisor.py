@@ -141,6 +141,7 @@ class Supervisor:
             pool.tick()
         self._nurseries.pump()
         for pool in list(self._pools.values()):
+            pool.consumer.announce()
             if pool.machine.stopped and not pool.lives:
                 self._dismiss(pool)
 

@@ -30,6 +30,9 @@ MAX_TEXT_CHARS: Final = 16 * 1024
 _FDS_NBYTES: Final = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 """Room for the descriptors of one packet; none has more than four."""
 
+_WAITING: Final = int(socket.MSG_CMSG_CLOEXEC)
+_NOT_WAITING: Final = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+
 
 class Message:
     """Base class of everything that a `Channel` carries."""
@@ -283,7 +286,7 @@ class Channel:
             ChannelClosedError: the other end is gone and everything it sent has been received.
             OSError: this process has no room for a descriptor that came with the message.
         """
-        flags = socket.MSG_CMSG_CLOEXEC | (0 if wait else socket.MSG_DONTWAIT)
+        flags = _WAITING if wait else _NOT_WAITING
         try:
             # Not socket.recv_fds: it ignores its flags.
             packet, ancillary, outcome, _ = self._sock.recvmsg(MAX_PACKET_NBYTES, _FDS_NBYTES, flags)
