@@ -68,6 +68,13 @@ def keep_freed_memory() -> None:
             mallopt(parameter, nbytes)
 
 
+def give_back_freed_memory() -> None:
+    """Give the kernel what `keep_freed_memory` has kept."""
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def leave_stacks(fd: int) -> None:
     """Write the Python stacks of all threads into a file when the process crashes, or is told to by `STACKS_SIGNAL`.
 

@@ -16,6 +16,7 @@ import array
 import errno
 import os
 import pickle
+import select
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -275,6 +276,12 @@ class Channel:
         except (BrokenPipeError, ConnectionResetError) as error:
             raise ChannelClosedError(name) from error
         killpoints.reach_message("sent", name)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether there is something to receive, be it the end of the stream, within so many seconds."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
 
     def receive(self, *, wait: bool = True) -> tuple[Message, list[int]] | None:
         """The next message and the descriptors that came with it.

@@ -36,6 +36,9 @@ from safeloader.ring.status_page import Stage, StatusPage
 _MAX_DRAWS: Final = 1000
 """Draws of one ticket that may all hold a quarantined case: at most 5 % of the cases are quarantined."""
 
+_BUSY_S: Final = 1.0
+"""A worker that has waited so long for a ticket has time to give memory back, and to get it again later."""
+
 
 def main(
     order: wire.Fork,
@@ -93,6 +96,8 @@ class _Worker:
         while True:
             self._ticket = None
             self._touch(Stage.IDLE)
+            if not self._channel.wait(_BUSY_S):
+                process.give_back_freed_memory()
             received = self._channel.receive()
             assert received is not None, "a waiting receive returns a message or raises"
             message, fds = received

@@ -174,3 +174,26 @@ def test_switched_off(undisturbed: list[object]) -> None:
         assert states(awake) == ["ready"] * WORKERS
         assert len(processes("sl-awake")) == WORKERS
         assert Supervisor.current is not None
+
+
+class Wasteful(RandomLoader):
+    """Needs a lot of memory for each batch, in blocks that the C library keeps when they are freed."""
+
+    BLOCKS, BLOCK_NBYTES = 100, 1 << 20
+
+    def __next__(self) -> dict[str, Any]:
+        batch = super().__next__()
+        blocks = [b"x" * self.BLOCK_NBYTES for _ in range(self.BLOCKS)]
+        batch["nbytes"] = sum(map(len, blocks))
+        del blocks
+        return {**batch, "private": psutil.Process().memory_full_info().uss}
+
+
+def test_a_worker_that_waits_gives_freed_memory_back() -> None:
+    with SafeAugmenter(Wasteful(), None, 1, 1, seed=7, rest_after_s=math.inf) as augmenter:
+        at_work = next(augmenter)["private"]
+        pid = augmenter.workers()[0].pid
+        assert pid is not None
+        kept = 0.5 * Wasteful.BLOCKS * Wasteful.BLOCK_NBYTES
+        wait_until(lambda: psutil.Process(pid).memory_full_info().uss < at_work - kept, what="that memory comes back")
+        assert augmenter.workers()[0].pid == pid, "it is the same worker"
