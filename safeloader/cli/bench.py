@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from safeloader.cli.command import Command, show, signals_interrupt
+from safeloader.cli.command import Command, add_training, show, signals_interrupt
 from safeloader.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,12 +35,8 @@ class Bench(Command):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declare the options, named as nnU-Net names them."""
-        parser.add_argument("-d", dest="dataset", required=True, help="dataset: its number or name")
-        parser.add_argument("-c", dest="configuration", required=True, help="configuration, for example 3d_fullres")
-        parser.add_argument("-f", dest="fold", type=int, default=0, help="fold (default: 0)")
-        parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans (default: nnUNetPlans)")
-        parser.add_argument("-tr", dest="trainer", default="nnUNetTrainer", help="trainer (default: nnUNetTrainer)")
+        """Declare the options."""
+        add_training(parser)
         parser.add_argument("--seconds", type=float, default=20.0, help="for each measurement (default: 20)")
         parser.add_argument("--workers", type=int, help="instead of nnU-Net's number")
         parser.add_argument("--no-network", action="store_true", help="don't train any step")

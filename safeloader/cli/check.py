@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from safeloader.cli.command import Command, show
+from safeloader.cli.command import Command, add_training, show
 from safeloader.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,12 +29,8 @@ class Check(Command):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declare the options, named as nnU-Net names them."""
-        parser.add_argument("-d", dest="dataset", required=True, help="dataset: its number or name")
-        parser.add_argument("-c", dest="configuration", required=True, help="configuration, for example 3d_fullres")
-        parser.add_argument("-f", dest="fold", type=int, default=0, help="fold (default: 0)")
-        parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans (default: nnUNetPlans)")
-        parser.add_argument("-tr", dest="trainer", default="nnUNetTrainer", help="trainer (default: nnUNetTrainer)")
+        """Declare the options."""
+        add_training(parser)
         parser.add_argument("--tickets", type=int, default=20, help="how many batches (default: 20)")
 
     def run(self, arguments: argparse.Namespace) -> int:

@@ -49,6 +49,15 @@ class Command(ABC):
         """
 
 
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Which training a command is about: the options of `nnUNetv2_train`, as nnU-Net names them."""
+    parser.add_argument("-d", dest="dataset", required=True, help="dataset: its number or name")
+    parser.add_argument("-c", dest="configuration", required=True, help="configuration, for example 3d_fullres")
+    parser.add_argument("-f", dest="fold", type=int, default=0, help="fold (default: 0)")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="plans (default: nnUNetPlans)")
+    parser.add_argument("-tr", dest="trainer", default="nnUNetTrainer", help="trainer (default: nnUNetTrainer)")
+
+
 def show(text: str) -> None:
     """Print what may hold any character; a terminal that does not know one gets a question mark."""
     encoding = sys.stdout.encoding or "utf-8"
