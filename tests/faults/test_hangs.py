@@ -186,6 +186,7 @@ class Slow(RandomLoader):
 def test_a_long_wait_is_said_once_and_names_who_is_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     with SafeAugmenter(Slow(1.0), None, 1, 1, seed=7, slow_warning_s=0.3, **FAST) as augmenter:
         next(augmenter)
+        caplog.clear()  # to start may take as long, too
         with caplog.at_level(logging.WARNING, "safeloader"):
             next(augmenter)
         assert augmenter.report().incidents == ()

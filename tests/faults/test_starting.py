@@ -16,7 +16,6 @@ import pytest
 
 from safeloader import SafeAugmenter
 from safeloader.errors import ConfigError, RestartLimitError, SafeLoaderError, StartError
-from safeloader.pool.supervisor import Supervisor
 from safeloader.testing import wait_until
 from tests import loaders, scripts
 from tests.loaders import Deadly, RandomLoader, fingerprint
@@ -301,18 +300,3 @@ def test_no_processes_left(limit: int, method: str, tmp_path: Path, undisturbed:
     assert first != str([batch[2] for batch in undisturbed])
     assert re.search(r"can't start new thread|Resource temporarily unavailable", ended.out), ended.out
     assert float(seconds) < 30
-
-
-def test_a_nursery_that_starts_when_its_pool_ends_is_kept_for_the_next(capfd: pytest.CaptureFixture[str]) -> None:
-    """As after Ctrl-C in the first seconds of a command that holds the supervisor: it does not count as hanging."""
-    with Supervisor.hold():
-        first = SafeAugmenter(RandomLoader(), None, 1, 1)
-        first._start()
-        wait_until(lambda: bool(psutil.Process().children()), what="the nursery")
-        (nursery,) = psutil.Process().children()
-        first.close()
-        wait_until(lambda: nursery.name() == "sl-nursery", timeout_s=60, what="the nursery's readiness")
-        with SafeAugmenter(RandomLoader(), None, 1, 1) as second:
-            next(second)
-            assert psutil.Process().children() == [nursery]
-    assert "most recent call first" not in capfd.readouterr().err

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from safeloader import SafeAugmenter
+from safeloader.pool.supervisor import Supervisor
 from safeloader.testing import wait_until
 from tests import scripts
 from tests.loaders import RandomLoader, fingerprint
@@ -477,3 +478,18 @@ def test_close_and_finish_do_nothing_twice() -> None:
     augmenter._finish()
     augmenter.close()
     assert subprocess.run(["true"], check=False).returncode == 0
+
+
+def test_a_nursery_that_starts_when_its_pool_ends_is_kept_for_the_next(capfd: pytest.CaptureFixture[str]) -> None:
+    """As after Ctrl-C in the first seconds of a command that holds the supervisor: it does not count as hanging."""
+    with Supervisor.hold():
+        first = SafeAugmenter(RandomLoader(), None, 1, 1)
+        first._start()
+        wait_until(lambda: bool(psutil.Process().children()), what="the nursery")
+        (nursery,) = psutil.Process().children()
+        first.close()
+        wait_until(lambda: nursery.name() == "sl-nursery", timeout_s=60, what="the nursery's readiness")
+        with SafeAugmenter(RandomLoader(), None, 1, 1) as second:
+            next(second)
+            assert psutil.Process().children() == [nursery]
+    assert "most recent call first" not in capfd.readouterr().err

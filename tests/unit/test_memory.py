@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import mmap
 import multiprocessing
@@ -459,7 +460,10 @@ def child(work: Callable[[Connection], None], *, ends: int = 0) -> Iterator[tupl
     """A forked process that talks with the test in turns, and ends when `work` does, with exit code `ends`."""
     here, there = FORK.Pipe()
     process = FORK.Process(target=lambda: (here.close(), work(there)))
+    gc.collect()
+    gc.freeze()  # a collection in the child would make the test's own objects private to it
     process.start()
+    gc.unfreeze()
     there.close()
     assert process.pid is not None
     try:
