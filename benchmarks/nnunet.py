@@ -186,7 +186,7 @@ class NnUNet(Benchmark[Row]):
             rates = by_contestant(rows, "batches_per_s", configuration=configuration)
             bars(left, rates, f"{configuration}: batches/s (more is better)")
             cpu = by_contestant(rows, "worker_cpu_s_per_batch", configuration=configuration)
-            bars(right, cpu, f"{configuration}: CPU of the workers, s per batch (less is better)")
+            bars(right, cpu, f"{configuration}: CPU, s/batch (less is better)")
         workers = max(row.workers for row in rows)
         figure.suptitle(f"nnU-Net's batches, augmented by {workers} workers")
 

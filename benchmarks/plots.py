@@ -30,7 +30,8 @@ def bars(axes: Axes, values: Mapping[str, Sequence[float]], label: str) -> None:
     axes.barh(range(len(names)), medians, color=[colour(name) for name in names], alpha=0.85)
     for at, name in enumerate(names):
         axes.plot(values[name], [at] * len(values[name]), "o", color="#1b1f24", markersize=3)
-        axes.annotate(f" {medians[at]:.3g}", (medians[at], at), va="bottom", fontsize=8)
+        value = f"{medians[at]:,.0f}" if medians[at] >= 1000 else f"{medians[at]:.3g}"
+        axes.annotate(f" {value}", (medians[at], at), va="bottom", fontsize=8)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel(label)

@@ -26,6 +26,7 @@ from typing import Any, ClassVar, Final
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from benchmarks import loads
 from benchmarks.common import Benchmark, Size, Table
@@ -121,6 +122,7 @@ class Recovery(Benchmark[Row]):
             values = values_of(rows, "next_ms", contestant=contestant)
             _ecdf(left, values, contestant, complementary=True, color=colour(contestant), ls=line)
         left.set(xscale="log", yscale="log", xlabel="ms for next(), the ring is full", ylabel="share that takes longer")
+        left.xaxis.set_minor_formatter(NullFormatter())  # between 1 and 10 the labels would lie on each other
         for quantity, label in _AFTER_KILL.items():
             _ecdf(middle, values_of(rows, quantity), label)
         middle.set(xlabel="ms after the kill", ylabel="share that takes at most so long")

@@ -192,7 +192,7 @@ class Transport(Benchmark[Row]):
         bars(left, by_contestant(rows, "gb_per_s"), "GB/s (more is better)")
         cpu = by_contestant(rows, "trainer_cpu_ms_per_batch")
         cpu.pop(_BOUND, None)
-        bars(right, cpu, "the trainer's CPU, ms per batch (less is better)")
+        bars(right, cpu, "trainer's CPU, ms/batch (less is better)")
         figure.suptitle(f"Transport of {rows[0].batch_mb} MB batches, {rows[0].workers} workers")
 
 
