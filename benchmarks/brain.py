@@ -6,7 +6,6 @@ two minutes. The tiny one takes 20 s: 6 mm, and a configuration with a small pat
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Mapping
@@ -14,8 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from safeloader.nnunet.brain import DATASET_ID, DATASET_NAME, write_dataset
-from safeloader.nnunet.stock import training_loader
-from safeloader.nnunet.workspace import PLANS, SMALL_CONFIGURATION, Workspace
+from safeloader.nnunet.stock import Asked, training_loader
+from safeloader.nnunet.workspace import SMALL_CONFIGURATION, Workspace
 
 SIZES: Final[Mapping[str, tuple[int, int]]] = {"full": (8, 1), "tiny": (5, 6)}
 """Cases, and the edge of a voxel in mm."""
@@ -42,21 +41,11 @@ def workspace(size: str) -> Workspace:
     return found
 
 
-def loader(size: str, configuration: str, trainer: str = "nnUNetTrainer") -> Any:
+def loader(size: str, configuration: str) -> Any:
     """Nnu-Net's own training loader, transforms included, as its trainer gives it to an augmenter."""
     for name, value in workspace(size).environment().items():
         if name.startswith("nnUNet_"):
             os.environ[name] = value
-    work = training_loader(str(DATASET_ID), configuration, 0, PLANS, trainer)
+    work = training_loader(Asked(str(DATASET_ID), configuration))
     assert work.transform is None, "from nnunetv2 2.5 on, the loader transforms"
     return work.loader
-
-
-def batch_size(size: str, configuration: str) -> int:
-    """Samples in a batch."""
-    found = workspace(size)
-    plans = json.loads((found.preprocessed / found.dataset / f"{PLANS}.json").read_text())
-    configurations = plans["configurations"]
-    while "batch_size" not in configurations[configuration]:
-        configuration = configurations[configuration]["inherits_from"]
-    return int(configurations[configuration]["batch_size"])

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 
+from benchmarks import brain
 from safeloader.nnunet.workspace import SMALL_CONFIGURATION, Workspace
 
 BURN: Final = "burn"
@@ -42,20 +42,12 @@ def prepare(loads: Sequence[str]) -> None:
 
 def make(load: str) -> Any:
     """A new loader."""
-    return Burn(BURN_MS / 1000) if load == BURN else _brain().loader(_size(load), load)
+    return Burn(BURN_MS / 1000) if load == BURN else brain.loader(_size(load), load)
 
 
 def workspace(configuration: str) -> Workspace:
     """The dataset that has this configuration; made if it is not there yet."""
-    found: Workspace = _brain().workspace(_size(configuration))
-    return found
-
-
-def _brain() -> ModuleType:
-    """Imported only where it is needed: it imports nilearn, which takes as long as torch."""
-    from benchmarks import brain
-
-    return brain
+    return brain.workspace(_size(configuration))
 
 
 def _size(configuration: str) -> str:

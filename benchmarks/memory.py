@@ -28,7 +28,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import psutil
 import torch
 from matplotlib.figure import Figure
 
@@ -36,7 +35,9 @@ from benchmarks import brain
 from benchmarks.common import Benchmark, Size, Table, median, times
 from benchmarks.peers import chosen
 from benchmarks.plots import bars, by_contestant
+from benchmarks.processes import below
 from benchmarks.training import LOADER_SIZES, TINY_LOADER_SIZES, Pools, start, touch_gpu, wait_until_quiet
+from safeloader.faults.memory import parse_kb
 
 _MOMENTS = ("first batches", "drained", "rings full", "quiet")
 _SHARED_FILE = re.compile(r"^(/memfd:|/dev/shm/)")
@@ -76,9 +77,9 @@ class Used:
 
 def parsed(rollup: str) -> Used:
     """The text of an `smaps_rollup`; `shared` is PSS in shared memory."""
-    kib = {line.split()[0]: int(line.split()[1]) for line in rollup.splitlines() if line.endswith(" kB")}
-    private = kib["Private_Clean:"] + kib["Private_Dirty:"]
-    return Used(*(round(value * 1024 / 1e6, 3) for value in (kib["Pss:"], kib.get("Pss_Shmem:", 0), private)))
+    nbytes = parse_kb(rollup)
+    private = nbytes["Private_Clean"] + nbytes["Private_Dirty"]
+    return Used(*(round(value / 1e6, 3) for value in (nbytes["Pss"], nbytes.get("Pss_Shmem", 0), private)))
 
 
 def used(pid: int) -> Used | None:
@@ -142,7 +143,7 @@ def _mapped_shared_files(pid: int) -> dict[int, int]:
 def sample(contestant: str, number: int, moment: str, baseline: Used) -> Row:
     """All processes below this one, and this one less its baseline."""
     me = os.getpid()
-    pids = [child.pid for child in psutil.Process().children(recursive=True)]
+    pids = below()
     living = [found for pid in pids if (found := used(pid)) is not None]
     workers, own = sum(living, Used()), used(me)
     assert own is not None

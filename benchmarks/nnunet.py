@@ -32,7 +32,7 @@ from threadpoolctl import threadpool_limits
 
 from benchmarks import brain
 from benchmarks.common import Benchmark, Size, Table, median, times
-from benchmarks.peers import PEERS, Running, installed
+from benchmarks.peers import PEERS, Running, chosen, installed
 from benchmarks.plots import bars, by_contestant
 from benchmarks.processes import Used, below, used_by_all
 from safeloader.faults.cpus import available_cpus
@@ -134,7 +134,7 @@ class NnUNet(Benchmark[Row]):
         return [
             {"contestant": contestant, "configuration": configuration, "warmup": sizes["warmup"], **own}
             for configuration in brain.CONFIGURATIONS[sizes["data"]]
-            for contestant in str(sizes["contestants"]).split(",")
+            for contestant in chosen(sizes["contestants"])
         ]
 
     def measure(self, number: int, **case: Any) -> list[Row]:
@@ -147,7 +147,8 @@ class NnUNet(Benchmark[Row]):
         torch.manual_seed(number)
         np.random.seed(number)
         os.environ["SAFELOADER_SEED"] = str(number)
-        running = PEERS[contestant](brain.loader(data, configuration), workers, _CACHED)
+        loader = brain.loader(data, configuration)
+        running = PEERS[contestant](loader, workers, _CACHED)
         compared = case["compared"] if ours else 0
         delivered = [checksum(next(running)) for _ in range(compared)]
         for _ in range(max(1, case["warmup"] * max(1, workers) - compared)):
@@ -161,7 +162,7 @@ class NnUNet(Benchmark[Row]):
                 configuration=configuration,
                 round=number,
                 workers=workers,
-                batch_size=brain.batch_size(data, configuration),
+                batch_size=int(loader.batch_size),
                 batches=batches,
                 batches_per_s=round(batches / seconds, 4),
                 worker_cpu_s_per_batch=round(used.cpu_s / batches, 4),

@@ -76,7 +76,7 @@ def _measure(asked: Asked, arguments: argparse.Namespace) -> Measured:
 
     seconds = arguments.seconds
     counted = count_workers(arguments.workers)
-    loader = training_loader(asked.dataset, asked.configuration, asked.fold, asked.plans, asked.trainer).loader
+    loader = training_loader(asked).loader
     always_convolve_directly(loader)
     _progress(f"one worker: loading and transforming, {seconds:g} s")
     one_worker = measure_one_worker(loader, seconds)

@@ -35,13 +35,13 @@ class Check(Command):
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Make them twice, and say what differs."""
-        from safeloader.nnunet.stock import training_loader  # torch and nnU-Net take seconds to import
+        from safeloader.nnunet.stock import Asked, training_loader  # torch and nnU-Net take seconds to import
         from safeloader.testing import make_twice
 
         if arguments.tickets < 1:
             raise ConfigError(f"--tickets {arguments.tickets}: must be at least 1")
         work = training_loader(
-            arguments.dataset, arguments.configuration, arguments.fold, arguments.plans, arguments.trainer
+            Asked(arguments.dataset, arguments.configuration, arguments.fold, arguments.plans, arguments.trainer)
         )
         differences = make_twice(work.loader, work.transform, tickets=arguments.tickets, name="check")
         show(in_words(differences, arguments.tickets))

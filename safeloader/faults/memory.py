@@ -274,7 +274,7 @@ def _free_descriptors(system: Path) -> int | None:
 
 
 def parse_kb(text: str) -> dict[str, int]:
-    """The lines `Name:  123 kB` of `/proc/meminfo` and `/proc/PID/status`, in bytes (their kB are 1024)."""
+    """The lines `Name:  123 kB` of `/proc/meminfo`, `/proc/PID/status` and the like, in bytes (their kB are 1024)."""
     lines = (line.split() for line in text.splitlines())
     return {line[0].rstrip(":"): int(line[1]) * 1024 for line in lines if len(line) == 3 and line[2] == "kB"}
 

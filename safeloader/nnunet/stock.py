@@ -52,13 +52,12 @@ class Asked:
         return f"-d {self.dataset} -c {self.configuration} -f {self.fold} -p {self.plans} -tr {self.trainer}"
 
 
-def training_loader(dataset: str, configuration: str, fold: int, plans: str, trainer: str) -> Work:
-    """The loader and transforms of a training; see `Asked` for the arguments.
+def training_loader(asked: Asked) -> Work:
+    """The loader and transforms of a training.
 
     Raises:
         ConfigError: nnU-Net is missing, or does not find one of these.
     """
-    asked = Asked(dataset, configuration, fold, plans, trainer)
     with stock_trainer(asked, "cpu") as built:
         return loader_of(built, asked)
 

@@ -410,7 +410,7 @@ class Machine:
 
     def _too_many(self, now: float) -> Action | None:
         """Memory did not suffice for those that ran; who rests had no part in that."""
-        fewer = self._crew.running if self._crew.resting else self.allowed - 1
+        fewer = self._crew.running if self._crew.resting else None
         return self._strength.one_less(Why.MEMORY, now, fewer=fewer)
 
     def _next_rung(self, worker: Worker, now: float) -> Action | None:

@@ -221,8 +221,9 @@ def _rebuild_tensor(
 ) -> torch.Tensor:
     """The reverse: `shape` and the buffer are in the order of descending strides, `order` says which."""
     dense = torch.empty(shape, dtype=dtype) if raw is None else torch.frombuffer(raw, dtype=dtype).view(shape)
-    inverse = sorted(range(len(order)), key=order.__getitem__)
-    return dense if inverse == list(range(len(order))) else dense.permute(inverse)
+    if order == tuple(range(len(order))):  # as usual: it lies there as it is
+        return dense
+    return dense.permute(sorted(range(len(order)), key=order.__getitem__))
 
 
 def _reduce_array(array: np.ndarray[Any, Any]) -> Any:

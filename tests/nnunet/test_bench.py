@@ -19,8 +19,8 @@ import safeloader
 from safeloader.cli import main
 from safeloader.nnunet.bench import one_worker, pools
 from safeloader.nnunet.bench.measured import Shares
-from safeloader.nnunet.stock import training_loader
-from safeloader.nnunet.workspace import PLANS, SMALL_CONFIGURATION, Workspace
+from safeloader.nnunet.stock import Asked, training_loader
+from safeloader.nnunet.workspace import SMALL_CONFIGURATION, Workspace
 from safeloader.pool.blur import always_convolve_directly
 from safeloader.pool.seeding import seed_everything
 from safeloader.ring.digest import checksum
@@ -140,7 +140,7 @@ def test_measuring_changes_no_batch(workspace: Workspace) -> None:
     """The watched copy draws what the plain loader draws, if it is given the same cases."""
 
     def loader() -> Any:
-        return training_loader(workspace.dataset, SMALL_CONFIGURATION, 0, PLANS, "nnUNetTrainer").loader
+        return training_loader(Asked(workspace.dataset, SMALL_CONFIGURATION)).loader
 
     plain, other = loader(), loader()
     always_convolve_directly(plain, other)  # as the command does

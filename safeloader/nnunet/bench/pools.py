@@ -19,10 +19,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from queue import Empty
 from typing import Any, Final
 
+import psutil
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 
 from safeloader.augmenter import SafeAugmenter
@@ -95,16 +95,16 @@ def doing(worker: WorkerInfo) -> str:
     """Which of the `Shares` a worker's time goes into at this moment."""
     if worker.stage not in ("loading", "transforming"):
         return "handing_over"
-    asleep = worker.stage == "loading" and worker.pid is not None and _state(worker.pid) in "SD"
+    asleep = worker.stage == "loading" and worker.pid is not None and _is_asleep(worker.pid)
     return "storage" if asleep else "computing"
 
 
-def _state(pid: int) -> str:
-    """The kernel's letter for it: R runs or waits for a CPU, S and D are asleep; see proc(5)."""
+def _is_asleep(pid: int) -> bool:
+    """Whether it neither runs nor waits for a CPU; False for one that was replaced in this moment."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
-    except (FileNotFoundError, ProcessLookupError):
-        return "R"  # replaced in this moment
+        return psutil.Process(pid).status() in (psutil.STATUS_SLEEPING, psutil.STATUS_DISK_SLEEP)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def shares_of(seen: Counter[str]) -> Shares:
