@@ -460,10 +460,12 @@ def child(work: Callable[[Connection], None], *, ends: int = 0) -> Iterator[tupl
     """A forked process that talks with the test in turns, and ends when `work` does, with exit code `ends`."""
     here, there = FORK.Pipe()
     process = FORK.Process(target=lambda: (here.close(), work(there)))
+    # What either of the two writes to is no longer shared, and a collection writes to every object of the test's own:
+    # as much as all tests before this one have left behind.
     gc.collect()
-    gc.freeze()  # a collection in the child would make the test's own objects private to it
+    gc.freeze()
+    gc.disable()
     process.start()
-    gc.unfreeze()
     there.close()
     assert process.pid is not None
     try:
@@ -471,6 +473,8 @@ def child(work: Callable[[Connection], None], *, ends: int = 0) -> Iterator[tupl
         process.join(timeout=30)
         assert process.exitcode == ends
     finally:
+        gc.enable()
+        gc.unfreeze()
         here.close()
         if process.is_alive():
             process.kill()
@@ -597,6 +601,7 @@ def test_a_worker_costs_what_it_does_not_share_and_its_peak() -> None:
 
     def worker(test: Connection) -> None:
         slot = os.memfd_create("safeloader-test-slot")
+        test.send("started: what a new process touches of its parent's is its own by now")
         test.recv()
         private = take(100 * MIB)
         test.send("took 100 MiB, beside 200 MiB of the parent")
@@ -618,6 +623,7 @@ def test_a_worker_costs_what_it_does_not_share_and_its_peak() -> None:
         return private_nbytes, psutil.Process(pid).memory_info().rss
 
     with child(worker) as (pid, talk):
+        talk.recv()
         base, base_resident = costs(pid)
         talk.send("go on")
         talk.recv()
