@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import distributed
 
@@ -24,35 +24,14 @@ from safeloader.faults.cpus import available_cpus
 from safeloader.nnunet.loaders import LOADERS, LoaderFactory, pool_name, safe_loaders
 from safeloader.nnunet.record import About, TrainingRecord, put_aside, report_path
 from safeloader.nnunet.resume import NoStateError, StreamStates, recall, remember
+from safeloader.nnunet.upstream import Trainer
 from safeloader.pool import blur
 from safeloader.pool.book import INCIDENTS_FILE
 from safeloader.pool.seeding import root_seed
 from safeloader.report.audit import audit_file
 
-if TYPE_CHECKING:
 
-    class _Trainer:
-        """What the mixin uses of nnU-Net's trainer."""
-
-        output_folder: str
-        local_rank: int
-        is_ddp: bool
-        current_epoch: int
-        disable_checkpointing: bool
-
-        def get_dataloaders(self) -> tuple[Any, Any]: ...
-        def on_epoch_end(self) -> None: ...
-        def on_train_end(self) -> None: ...
-        def run_training(self) -> None: ...
-        def save_checkpoint(self, filename: str) -> None: ...
-        def load_checkpoint(self, filename_or_checkpoint: Any) -> None: ...
-        def print_to_log_file(self, *args: object) -> None: ...
-
-else:
-    _Trainer = object
-
-
-class SafeLoaderMixin(_Trainer):
+class SafeLoaderMixin(Trainer):
     """Mixed in before an nnU-Net trainer class: dead workers are replaced instead of ending the training.
 
     Checkpoints carry the base trainer's name, because the network is the base trainer's: a model trained with

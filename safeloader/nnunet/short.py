@@ -13,27 +13,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
-if TYPE_CHECKING:
-
-    class _Trainer:
-        """What `ShortTraining` uses of nnU-Net's trainer."""
-
-        num_epochs: int
-        num_iterations_per_epoch: int
-        num_val_iterations_per_epoch: int
-        current_epoch: int
-        output_folder: str
-        dataloader_train: Any
-        dataloader_val: Any
-
-        def initialize(self) -> None: ...
-        def train_step(self, batch: dict[str, Any]) -> dict[str, Any]: ...
-        def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]: ...
-
-else:
-    _Trainer = object
+from safeloader.nnunet.upstream import Trainer
 
 STEPS_FILE: Final = "steps.csv"
 COLUMNS: Final = ("monotonic_s", "phase", "epoch", "cases", "workers")
@@ -58,7 +40,7 @@ class Step:
     workers: tuple[int, ...]
 
 
-class ShortTraining(_Trainer):
+class ShortTraining(Trainer):
     """Mixed in before a trainer class: trains `epochs` × `iterations` batches and records each."""
 
     epochs: int = 2
