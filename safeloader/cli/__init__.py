@@ -17,11 +17,12 @@ from safeloader.cli.bench import Bench
 from safeloader.cli.check import Check
 from safeloader.cli.command import Command
 from safeloader.cli.demo import Demo
+from safeloader.cli.doctor import Doctor
 from safeloader.cli.explain import Explain
 from safeloader.cli.install import Install
 from safeloader.errors import ConfigError, SafeLoaderError
 
-COMMANDS: Final[tuple[type[Command], ...]] = (Audit, Bench, Check, Demo, Explain, Install)
+COMMANDS: Final[tuple[type[Command], ...]] = (Audit, Bench, Check, Demo, Doctor, Explain, Install)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ from safeloader.errors import ConfigError
 SHIM_FOLDER: Final = Path(__file__).parent / "shim"
 """For `nnUNet_extTrainer`."""
 
-_SHIM_NAME: Final = "safeloader_trainer.py"
+SHIM_NAME: Final = "safeloader_trainer.py"
 
 
 class Outcome(Enum):
@@ -65,12 +65,12 @@ def export_line() -> str:
 
 def install(folder: Path | None = None) -> Change:
     """Write the shim into `folder` (None: nnU-Net's variants folder); again is fine."""
-    path = (variants_folder() if folder is None else folder) / _SHIM_NAME
-    wanted = (SHIM_FOLDER / _SHIM_NAME).read_bytes()
+    path = (variants_folder() if folder is None else folder) / SHIM_NAME
+    wanted = (SHIM_FOLDER / SHIM_NAME).read_bytes()
     existed = path.exists()
     if existed and path.read_bytes() == wanted:
         return Change(Outcome.UNCHANGED, path)
-    temporary = path.with_name(f".{_SHIM_NAME}.{os.getpid()}")
+    temporary = path.with_name(f".{SHIM_NAME}.{os.getpid()}")
     try:
         temporary.write_bytes(wanted)
         os.replace(temporary, path)
@@ -83,7 +83,7 @@ def install(folder: Path | None = None) -> Change:
 
 def uninstall(folder: Path | None = None) -> Change:
     """Remove the shim from `folder` (None: nnU-Net's variants folder); again is fine."""
-    path = (variants_folder() if folder is None else folder) / _SHIM_NAME
+    path = (variants_folder() if folder is None else folder) / SHIM_NAME
     try:
         path.unlink()
     except FileNotFoundError:
