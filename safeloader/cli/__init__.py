@@ -20,9 +20,10 @@ from safeloader.cli.demo import Demo
 from safeloader.cli.doctor import Doctor
 from safeloader.cli.explain import Explain
 from safeloader.cli.install import Install
+from safeloader.cli.top import Top
 from safeloader.errors import ConfigError, SafeLoaderError
 
-COMMANDS: Final[tuple[type[Command], ...]] = (Audit, Bench, Check, Demo, Doctor, Explain, Install)
+COMMANDS: Final[tuple[type[Command], ...]] = (Audit, Bench, Check, Demo, Doctor, Explain, Install, Top)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -59,7 +59,8 @@ class Consumer:
     happened, so the next call starts afresh.
 
     Attributes:
-        wait_s: how long `take` has waited, in seconds, all in all.
+        wait_s: how long `take` has waited, in seconds, all in all; without the wait that goes on now.
+        waiting: the ticket that `take` waits for now, and since when on `time.monotonic`'s clock; or None.
         wants_slots: whether work waits for a slot: only then a lease that ends wakes the supervisor. Set by it.
         post: tells the machine that the stream has failed. wake: has `news` asked. describe: says who has a ticket.
             record: is told of each batch that is delivered. All four are set before the first `put`.
@@ -78,6 +79,7 @@ class Consumer:
         self._next = [first_ticket + lane for lane in range(lanes)]  # tickets, by lane
         self._ends = 0  # how many of those taken were ends of epochs
         self.wait_s = 0.0
+        self.waiting: tuple[int, float] | None = None
         self.wants_slots = True
         self.post: Callable[[events.Event], None] = _nowhere
         self.wake: Callable[[], None] = _not_open
@@ -222,6 +224,7 @@ class Consumer:
         said = False
         if self._ended and self.wants_slots and ticket not in self._ready:
             self.wake()  # once a wait, not once a ring: a lease's alarm may have got lost before it
+        self.waiting = ticket, started
         try:
             while (ready := self._ready.get(ticket)) is None:
                 if self._errors:
@@ -236,4 +239,5 @@ class Consumer:
                     )  # fmt: skip
             return ready
         finally:
+            self.waiting = None
             self.wait_s += time.monotonic() - started

@@ -2,6 +2,7 @@
 
     wait ─► something readable ─┬─ a worker has spoken ───► its pool
       ▲                         ├─ a nursery has spoken ──► requests, exits, its own end
+      │                         ├─ somebody looks ────────► the window: `safeloader top`
       │                         └─ woken ────────────────► the mailbox: what the training thread did
       └──── restart what is due ◄── ticks of the machines
 
@@ -35,8 +36,10 @@ from safeloader.pool.memory_watch import MemoryWatch, OomWatch
 from safeloader.pool.nurseries import Nurseries
 from safeloader.pool.patience import HangLimits
 from safeloader.pool.pool import Pool
+from safeloader.pool.view import view
 from safeloader.pool.work import TooLargeError, Work, WorkNotPicklableError, pack
 from safeloader.report import log
+from safeloader.report.window import Window
 from safeloader.ring.pinning import Pinning
 
 logger = logging.getLogger("safeloader")
@@ -61,6 +64,10 @@ class Supervisor:
         self._ending = False
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.mailbox.wakeup.fd, selectors.EVENT_READ, self.mailbox.wakeup.clear)
+        self._window: Window | None = None
+        with contextlib.suppress(OSError):  # nobody can look, and that is all
+            self._window = Window(lambda: view(self._pools.values()))
+            self._selector.register(self._window.fd, selectors.EVENT_READ, self._window.answer)
         self._pools: dict[int, Pool] = {}
         self.oom_watch = OomWatch()
         self._nurseries = Nurseries(self._selector, self._pools, self.oom_watch, self.mailbox)
@@ -115,6 +122,7 @@ class Supervisor:
                 life.channel.close()
                 life.relay.close()
         self._nurseries.close_channels()
+        self._close_window()
         self._selector.close()
 
     # ---- the thread ----
@@ -130,7 +138,12 @@ class Supervisor:
         except BaseException as error:  # noqa: BLE001 - whatever it was, next() must not wait for ever
             self._collapse(error)
         relay.flush(_LAST_WORDS_S)
+        self._close_window()
         self._selector.close()
+
+    def _close_window(self) -> None:
+        if self._window is not None:
+            self._window.close()
 
     def _turn(self, timeout_s: float | None) -> None:
         for key, _ in self._selector.select(timeout_s):
