@@ -66,7 +66,11 @@ class ProcessExit:
     @classmethod
     def from_wait_status(cls, status: int) -> ProcessExit:
         """Read a status as `os.waitpid` gives it."""
-        code = os.waitstatus_to_exitcode(status)
+        return cls.from_returncode(os.waitstatus_to_exitcode(status))
+
+    @classmethod
+    def from_returncode(cls, code: int) -> ProcessExit:
+        """Read a code as `subprocess` gives it: of a signal, its number below zero."""
         return cls(signal=signal_name(-code)) if code < 0 else cls(code=code)
 
     @property
