@@ -20,10 +20,11 @@ from safeloader.cli.demo import Demo
 from safeloader.cli.doctor import Doctor
 from safeloader.cli.explain import Explain
 from safeloader.cli.install import Install
+from safeloader.cli.report import Report
 from safeloader.cli.top import Top
 from safeloader.errors import ConfigError, SafeLoaderError
 
-COMMANDS: Final[tuple[type[Command], ...]] = (Audit, Bench, Check, Demo, Doctor, Explain, Install, Top)
+COMMANDS: Final[tuple[type[Command], ...]] = (Audit, Bench, Check, Demo, Doctor, Explain, Install, Report, Top)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@
     upstream.py   what our mixins use of nnU-Net's trainer, for the type checker
     loaders.py    makes the stock get_dataloaders build our augmenter
     record.py     what the training log and safeloader_report.json say
+    history.py    safeloader_epochs.jsonl: a line per epoch, for `safeloader report`
     install.py    puts shim/ where nnU-Net looks for trainers
     shim/         the module of a few lines that leads nnU-Net to the trainer
     brain.py workspace.py short.py    a small dataset and short trainings on it, for the demo and the tests

@@ -21,17 +21,17 @@ from torch import distributed
 
 from safeloader.config import resolve
 from safeloader.faults.cpus import available_cpus
+from safeloader.nnunet.history import KeepsHistory, epochs_file
 from safeloader.nnunet.loaders import LOADERS, LoaderFactory, pool_name, safe_loaders
 from safeloader.nnunet.record import About, TrainingRecord, put_aside, report_path
 from safeloader.nnunet.resume import NoStateError, StreamStates, recall, remember
-from safeloader.nnunet.upstream import Trainer
 from safeloader.pool import blur
 from safeloader.pool.book import INCIDENTS_FILE
 from safeloader.pool.seeding import root_seed
 from safeloader.report.audit import audit_file
 
 
-class SafeLoaderMixin(Trainer):
+class SafeLoaderMixin(KeepsHistory):
     """Mixed in before an nnU-Net trainer class: dead workers are replaced instead of ending the training.
 
     Checkpoints carry the base trainer's name, because the network is the base trainer's: a model trained with
@@ -177,9 +177,9 @@ def _stream_line(seed: int, states: StreamStates | None) -> str:
 
 
 def _of_an_earlier_run(rank: int) -> list[str]:
-    """The files that a rank would append to: an audit is its own, the incidents are all ranks'."""
-    audits = [audit_file(pool_name(loader, rank)) for loader in LOADERS]
-    return [INCIDENTS_FILE, *audits] if rank == 0 else audits
+    """The files that a rank would append to: audits and the history are its own, the incidents are all ranks'."""
+    own = [epochs_file(rank), *(audit_file(pool_name(loader, rank)) for loader in LOADERS)]
+    return [INCIDENTS_FILE, *own] if rank == 0 else own
 
 
 def checkpoint_trainer_name(trainer_class: type) -> str:

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from safeloader.cli.demo.picture import Caption, draw
 from safeloader.cli.demo.recording import read_events, write_events
 from safeloader.cli.demo.screen import describe
 from safeloader.cli.demo.training import Length, Outcome, Plan, Run, train
+from safeloader.cli.report.story import Story
 from safeloader.nnunet.short import SAFE_TRAINER, STOCK_TRAINER, read_steps, write_trainers
 from safeloader.nnunet.workspace import Workspace
 from safeloader.testing import DEADLY
@@ -103,6 +105,17 @@ class TestSafeLoader:
                 assert epoch not in epochs_with_lines, "one line per epoch"
                 epochs_with_lines.add(epoch)
         assert epochs_with_lines == epochs_with_kills
+
+    def test_its_story_is_told_from_its_files(self, safe: Run, workspace: Workspace) -> None:
+        story = Story.read(workspace.output_folder(SAFE_TRAINER))
+        assert [epoch.batches for epoch in story.epochs] == [{"train": 25, "val": 2}] * 3
+        assert sum(epoch.restarts["train"] for epoch in story.epochs) == 3
+        for epoch in story.epochs:
+            assert epoch.time_s and epoch.dice is not None and epoch.train_loss is not None
+            assert epoch.wait_s["train"] + epoch.wait_s["val"] <= epoch.time_s + 0.5  # nnU-Net's ends a little earlier
+            assert epoch.trainer_nbytes and epoch.workers_nbytes
+        (start,) = story.starts
+        assert start["versions"]["torch"] == version("torch") and start["machine"]["device"] == "cpu"
 
     def test_the_log_ends_its_training_with_a_summary(self, safe: Run, workspace: Workspace) -> None:
         log = training_log(workspace, SAFE_TRAINER)

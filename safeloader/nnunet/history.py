@@ -1,0 +1,117 @@
+"""A training's history: a line of JSON for each epoch, and one for each start, in `safeloader_epochs.jsonl`.
+
+What `safeloader report` draws. nnU-Net's own numbers (epoch time, losses, pseudo Dice) are in its log, and are not
+written once more.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+from safeloader.augmenter import SafeAugmenter
+from safeloader.faults.cpus import available_cpus
+from safeloader.faults.memory import available
+from safeloader.nnunet.upstream import Trainer
+from safeloader.report.journal import Journal
+
+EPOCHS_FILE: Final = "safeloader_epochs.jsonl"
+_PACKAGES: Final = ("safeloader", "nnunetv2", "batchgenerators", "batchgeneratorsv2", "torch", "numpy", "blosc2")
+_FLUSH_S: Final = 1.0
+
+
+def epochs_file(rank: int) -> str:
+    """The file of a DDP rank."""
+    return EPOCHS_FILE if rank == 0 else f"safeloader_epochs_rank{rank}.jsonl"
+
+
+class KeepsHistory(Trainer):
+    """Mixed in before an nnU-Net trainer: writes the history. A folder that can't be written stops no training."""
+
+    _history: Journal | None = None
+
+    def on_train_start(self) -> None:
+        """Say what this run runs on."""
+        super().on_train_start()
+        path = Path(self.output_folder) / epochs_file(self.local_rank)
+        self._history = Journal(path, what="an epoch", disk_free=False)
+        about = _start(type(self).__name__, self.current_epoch, str(self.device))
+        self._history.write({**about, "loaders": self._counts()})  # the first batches are waited for before any epoch
+
+    def on_epoch_end(self) -> None:
+        """Write what the epoch was like for the loaders."""
+        epoch = self.current_epoch
+        super().on_epoch_end()
+        if self._history is not None:
+            trainer_nbytes = psutil.Process().memory_info().rss
+            counts = {"loaders": self._counts()}
+            self._history.write(
+                {"kind": "epoch", "at": _now(), "epoch": epoch, "trainer_nbytes": trainer_nbytes, **counts}
+            )
+
+    def on_train_end(self) -> None:
+        """Give what is still to be written a moment."""
+        super().on_train_end()
+        if self._history is not None:
+            self._history.close(_FLUSH_S)
+
+    def _counts(self) -> dict[str, dict[str, Any]]:
+        loaders = {"train": self.dataloader_train, "val": self.dataloader_val}
+        return {name: _count(loader) for name, loader in loaders.items() if isinstance(loader, SafeAugmenter)}
+
+
+def _start(trainer: str, epoch: int, device: str) -> dict[str, Any]:
+    cpus, memory = available_cpus(), available()
+    return {
+        "kind": "start",
+        "at": _now(),
+        "epoch": epoch,
+        "trainer": trainer,
+        "versions": {"python": platform.python_version(), **dict(_versions())},
+        "machine": {
+            "host": platform.node(),
+            "device": _device(device),
+            "cpus": cpus.reason,
+            "memory": "unknown" if memory is None else memory.reason,
+        },
+    }
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in _PACKAGES:
+        try:
+            yield package, importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+
+
+def _device(name: str) -> str:
+    if not name.startswith("cuda"):
+        return name
+    import torch
+
+    return torch.cuda.get_device_name(name)
+
+
+def _count(loader: SafeAugmenter) -> dict[str, Any]:
+    """Since the start of this run, all in all; and the memory of its workers now."""
+    report = loader.report()
+    return {
+        "batches": report.batches,
+        "wait_s": round(report.wait_s, 3),
+        "restarts": report.restarts,
+        "incidents": report.incident_counts,
+        "quarantined": len(report.quarantined),
+        "resting": report.resting,
+        "workers_nbytes": sum(worker.memory_nbytes or 0 for worker in loader.workers()),
+    }
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
