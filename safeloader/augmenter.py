@@ -19,6 +19,7 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 
 from safeloader.config import resolve
 from safeloader.errors import ConfigError, LoaderFinishedError
+from safeloader.faults.incident import Incident
 from safeloader.pool.pool import Pool
 from safeloader.pool.seeding import root_seed
 from safeloader.pool.supervisor import Supervisor, open_pool
@@ -47,6 +48,7 @@ class SafeAugmenter(PoolRunner, NonDetMultiThreadedAugmenter):  # type: ignore[m
         pin_memory: tensors arrive in pinned memory, where there is CUDA; see the option `pin`.
         wait_time: accepted for compatibility; nothing here polls.
         seed: the root seed, instead of `seeds` (also `SAFELOADER_SEED`).
+        on_incident: called with an `Incident` for each failure, in a thread of its own: training never waits for it.
         options: see `safeloader.config.OPTIONS`; each has an environment variable, too.
 
     Attributes:
@@ -68,10 +70,11 @@ class SafeAugmenter(PoolRunner, NonDetMultiThreadedAugmenter):  # type: ignore[m
         wait_time: float = 0.02,
         *,
         seed: int | None = None,
+        on_incident: Callable[[Incident], None] | None = None,
         **options: Any,
     ) -> None:
         # Set before anything can raise: upstream's __del__ is replaced, but a half-made object must still say so.
-        PoolRunner.__init__(self)
+        PoolRunner.__init__(self, on_incident)
         self.initialized = False
         self.options = resolve({"seed": seed, **options})
         _check(num_processes, seeds, num_cached=num_cached)
@@ -128,6 +131,7 @@ class SafeAugmenter(PoolRunner, NonDetMultiThreadedAugmenter):  # type: ignore[m
             first_ticket=self._past.next_ticket,
             quarantined=self._past.quarantined,
             pinning=self._pinning(),
+            on_incident=self.on_incident,
         )
 
     def _finish(self, timeout: float = FINISH_S, force: bool = False) -> None:  # noqa: ARG002 - upstream's signature
@@ -237,9 +241,10 @@ class SafeMultiThreadedAugmenter(PoolRunner, MultiThreadedAugmenter):  # type: i
         wait_time: float = 0.02,
         *,
         seed: int | None = None,
+        on_incident: Callable[[Incident], None] | None = None,
         **options: Any,
     ) -> None:
-        PoolRunner.__init__(self)
+        PoolRunner.__init__(self, on_incident)
         self._stock: MultiThreadedAugmenter | None = None
         self.was_initialized = False
         self.options = resolve({"seed": seed, "slow_warning_s": timeout, **options})
@@ -311,6 +316,7 @@ class SafeMultiThreadedAugmenter(PoolRunner, MultiThreadedAugmenter):  # type: i
             quarantined=self._past.quarantined,
             numpy_seeds=self.seeds,
             pinning=self._pinning(),
+            on_incident=self.on_incident,
         )
 
     def _finish(self, timeout: float = FINISH_S, force: bool = False) -> None:  # noqa: ARG002 - upstream's signature

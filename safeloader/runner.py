@@ -17,7 +17,7 @@ import torch
 from torch import distributed
 
 from safeloader.config import Options, Pin
-from safeloader.errors import ClosedError, ForkedError
+from safeloader.errors import ClosedError, ConfigError, ForkedError
 from safeloader.faults.incident import Incident
 from safeloader.pool import blur
 from safeloader.pool.book import MAX_INCIDENTS
@@ -43,6 +43,7 @@ class PoolRunner:
     Attributes:
         options: see `config.OPTIONS`. seed: the root seed. num_processes: workers. generator: the loader.
         transform: what follows it, or None. pin_memory: whether tensors are to arrive in pinned memory.
+        on_incident: is told of each failure, or None.
     """
 
     options: Options
@@ -52,7 +53,10 @@ class PoolRunner:
     generator: Any
     transform: Callable[..., Any] | None
 
-    def __init__(self) -> None:
+    def __init__(self, on_incident: Callable[[Incident], None] | None) -> None:
+        if on_incident is not None and not callable(on_incident):
+            raise ConfigError(f"on_incident={on_incident!r}: a function that takes an Incident")
+        self.on_incident = on_incident
         self._pool: Pool | None = None
         self._supervisor: Supervisor | None = None
         self._pid = os.getpid()

@@ -1,12 +1,14 @@
 """A training's history: a line of JSON for each epoch, and one for each start, in `safeloader_epochs.jsonl`.
 
 What `safeloader report` draws. nnU-Net's own numbers (epoch time, losses, pseudo Dice) are in its log, and are not
-written once more.
+written once more. Each epoch's numbers are also given to the loggers that nnU-Net has beside its own (Weights & Biases,
+from 2.7 on), and, if `SAFELOADER_PROMETHEUS` names a file, to Prometheus.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -19,11 +21,16 @@ from safeloader.augmenter import SafeAugmenter
 from safeloader.faults.cpus import available_cpus
 from safeloader.faults.memory import available
 from safeloader.nnunet.upstream import Trainer
+from safeloader.report import prometheus
+from safeloader.report.atomic import write_atomically
 from safeloader.report.journal import Journal
 
 EPOCHS_FILE: Final = "safeloader_epochs.jsonl"
 _PACKAGES: Final = ("safeloader", "nnunetv2", "batchgenerators", "batchgeneratorsv2", "torch", "numpy", "blosc2")
+_SCALARS: Final = ("wait_s", "restarts", "quarantined", "workers_nbytes")
 _FLUSH_S: Final = 1.0
+PROMETHEUS: Final = "SAFELOADER_PROMETHEUS"
+"""The environment variable that names the file for node_exporter's textfile collector: `….prom`."""
 
 
 def epochs_file(rank: int) -> str:
@@ -48,12 +55,32 @@ class KeepsHistory(Trainer):
         """Write what the epoch was like for the loaders."""
         epoch = self.current_epoch
         super().on_epoch_end()
-        if self._history is not None:
-            trainer_nbytes = psutil.Process().memory_info().rss
-            counts = {"loaders": self._counts()}
-            self._history.write(
-                {"kind": "epoch", "at": _now(), "epoch": epoch, "trainer_nbytes": trainer_nbytes, **counts}
-            )
+        if self._history is None:
+            return
+        counts = self._counts()
+        trainer_nbytes = psutil.Process().memory_info().rss
+        record = {"kind": "epoch", "at": _now(), "epoch": epoch, "trainer_nbytes": trainer_nbytes, "loaders": counts}
+        self._history.write(record)
+        # nnU-Net's own logger knows nothing but its own names; the others take any.
+        for other in getattr(self.logger, "loggers", []):
+            for loader, of in counts.items():
+                for name in _SCALARS:
+                    other.log(f"safeloader/{loader}_{name}", of[name], epoch)
+        self._tell_prometheus(epoch, counts)
+
+    def _tell_prometheus(self, epoch: int, counts: dict[str, dict[str, Any]]) -> None:
+        file = os.environ.get(PROMETHEUS)
+        if not file:
+            return
+        path = Path(file)
+        if self.local_rank:
+            path = path.with_name(f"{path.stem}_rank{self.local_rank}{path.suffix}")
+        training = "/".join(Path(self.output_folder).parts[-3:])
+        try:
+            ended_s = datetime.now(timezone.utc).timestamp()
+            write_atomically(path, prometheus.text(training, epoch, ended_s, counts))
+        except OSError as error:
+            self.print_to_log_file(f"SafeLoader: {PROMETHEUS}={file} can't be written: {error.strerror}")
 
     def on_train_end(self) -> None:
         """Give what is still to be written a moment."""

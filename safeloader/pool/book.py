@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -34,9 +35,14 @@ class Book:
         since_batch: what went wrong with workers since the last batch.
         quarantined: cases that the folder's file names for this pool.
         file: where the lines go, or None.
+
+    `on_incident` is called with each, by a thread that lives only while there is one to tell.
     """
 
-    def __init__(self, pool: str, folder: str | None) -> None:
+    def __init__(self, pool: str, folder: str | None, on_incident: Callable[[Incident], None] | None = None) -> None:
+        self._on_incident = on_incident
+        self._untold: deque[Incident] = deque(maxlen=MAX_INCIDENTS)
+        self._telling = Errand("safeloader-on-incident", self._tell)
         self.incidents: deque[Incident] = deque(maxlen=MAX_INCIDENTS)
         self.kinds: Counter[str] = Counter()
         self.since_batch: deque[Incident] = deque(maxlen=MAX_INCIDENTS)
@@ -62,6 +68,15 @@ class Book:
         log.say(logging.INFO if quietly else logging.WARNING, f"SafeLoader: {incident.message}")
         if self._journal is not None:
             self._journal.write(incident.to_dict())
+        if self._on_incident is not None:
+            self._untold.append(incident)
+            self._telling.go()
+
+    def _tell(self) -> None:
+        """In a thread of its own: the user's function may block. If it raises, Python prints that, and goes on."""
+        assert self._on_incident is not None
+        while self._untold:
+            self._on_incident(self._untold.popleft())
 
     def settle(self) -> None:
         """A batch was made."""
@@ -72,6 +87,9 @@ class Book:
         log.flush(_FLUSH_S)
         if self._journal is not None:
             self._journal.flush(_FLUSH_S)
+        if self._untold:
+            self._telling.go()
+        self._telling.wait(_FLUSH_S)
 
 
 def _quarantined(path: Path, pool: str) -> tuple[str, ...]:

@@ -105,6 +105,7 @@ class Pool:
         oom_watch: OomWatch,
         quarantined: Iterable[str] = (),
         numpy_seeds: Sequence[int | None] = (),
+        on_incident: Callable[[Incident], None] | None = None,
     ) -> None:
         self.number = number
         self.options = options
@@ -118,7 +119,7 @@ class Pool:
         self.finished = threading.Event()
         self.due: float | None = None
         self.lives: dict[int, Life] = {}
-        self.book = Book(options.name, options.folder)
+        self.book = Book(options.name, options.folder, on_incident)
         self._audit: Audit | None = None
         if options.audit:
             assert options.folder is not None, "`resolve` has seen to it"

@@ -23,11 +23,12 @@ import selectors
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final
 
 from safeloader.config import Options, StartMethod
 from safeloader.errors import ConfigError, InternalError
+from safeloader.faults.incident import Incident
 from safeloader.pool import machine, relay
 from safeloader.pool.blame import Policy
 from safeloader.pool.consumer import Consumer
@@ -205,6 +206,7 @@ def open_pool(
     quarantined: Iterable[str] = (),
     numpy_seeds: Sequence[int | None] | None = None,
     pinning: Pinning | None = None,
+    on_incident: Callable[[Incident], None] | None = None,
 ) -> tuple[Supervisor, Pool]:
     """Start a pool.
 
@@ -218,6 +220,7 @@ def open_pool(
         quarantined: cases that are not drawn, beyond those that `options.folder` remembers.
         numpy_seeds: given for a loader that goes on from batch to batch: each worker's, in a lane of its own.
         pinning: given if the slots are to be pinned memory.
+        on_incident: is told of each failure, in a thread of its own.
 
     Raises:
         ConfigError: `start_method="clean"`, and the loader can't be pickled.
@@ -277,6 +280,7 @@ def open_pool(
             oom_watch=supervisor.oom_watch,
             quarantined=quarantined,
             numpy_seeds=numpy_seeds or (),
+            on_incident=on_incident,
         )
         consumer.describe = pool.waiting_for
         consumer.post = lambda event: supervisor.mailbox.post(lambda: pool.step(event))
