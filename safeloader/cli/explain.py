@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, BinaryIO, Final
 from safeloader.cli.command import Command, show
 from safeloader.errors import ConfigError
 from safeloader.faults.explain import explain
+from safeloader.faults.explain.catalogue import page
 from safeloader.faults.explain.incident_files import is_incidents, summarize
 from safeloader.faults.explain.reader import read_lines
 from safeloader.faults.explain.words import in_words, summary_in_words
@@ -37,11 +38,18 @@ class Explain(Command):
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Declare the file."""
-        parser.add_argument("path", metavar="PATH", help="the file; - reads what is piped in, or pasted (end: Ctrl-D)")
+        """Declare the file, or `--list`."""
+        what = parser.add_mutually_exclusive_group(required=True)
+        what.add_argument(
+            "path", metavar="PATH", nargs="?", help="the file; - reads what is piped in, or pasted (end: Ctrl-D)"
+        )
+        what.add_argument("--list", action="store_true", help="print all that it knows, as Markdown")
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Explain the file."""
+        if arguments.list:
+            show(page())
+            return 0
         name = "stdin" if arguments.path == "-" else arguments.path
         try:
             with _opened(arguments.path) as stream:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 
 from safeloader.cli import main
 
-LOGS = Path(__file__).parents[1] / "unit" / "logs"
+ROOT = Path(__file__).parents[2]
+LOGS = ROOT / "tests" / "unit" / "logs"
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,15 @@ What happened
 """
         in capsys.readouterr().out
     )
+
+
+def test_the_page_of_all_that_is_known_is_the_one_in_the_docs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--list"]) == 0
+    page = capsys.readouterr().out
+    assert page == (ROOT / "docs" / "crashes.md").read_text(), "safeloader explain --list > docs/crashes.md"
+    anchors = set(re.findall(r'<a id="([^"]+)">', page))
+    assert set(re.findall(r"\]\(#([^)]+)\)", page)) <= anchors and len(anchors) > 40
+    assert "| `Too many open files` | [" in page
 
 
 def test_the_message_that_everybody_knows_is_answered_with_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
