@@ -9,8 +9,8 @@ from safeloader.faults.explain.causes import CAUSES
 from safeloader.faults.explain.model import Answer, Cause, Weight
 
 _ECHO: Final = (
-    "RuntimeError: One or more background workers are no longer alive. Exiting. Please check the print statements above "
-    "for the actual error message"
+    "RuntimeError: One or more background workers are no longer alive. Exiting. "
+    "Please check the print statements above for the actual error message"
 )
 _INTRO: Final = f"""\
 # From a stock nnU-Net crash to a running training
