@@ -171,13 +171,13 @@ class PreserveMixin(Trainer):
             self._complain(f"{LATEST} could not be written, and is as it was: {error}")
 
     def _write_snapshot(self) -> None:
-        """Bring the snapshot to the disk, if it is not there already.
+        """Bring the snapshot to the disk, if that epoch's state is not there already, as the latest or the final one.
 
         Raises:
             OSError: It can't be written; what was there before still is.
         """
         kept = self._snapshot
-        if kept is not None and self._written.get(LATEST) != kept.epoch:
+        if kept is not None and kept.epoch not in (self._written.get(LATEST), self._written.get(FINAL)):
             kept.write()
             self._note_written(kept.main, kept.epoch, kept.states)
 
@@ -228,8 +228,6 @@ class PreserveMixin(Trainer):
 
     def _preserve(self) -> OSError | None:
         """Write the snapshot at once: SIGKILL may follow (Slurm's `KillWait` is 30 s)."""
-        if self._written.get(FINAL) == self.num_epochs - 1:
-            return None
         try:
             self._write_snapshot()
         except OSError as error:
