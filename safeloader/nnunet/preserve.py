@@ -24,6 +24,7 @@ Not covered: changes that a subclass makes after its `super().on_epoch_end()`.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -63,10 +64,11 @@ class PreserveMixin(Trainer):
     _being_taken: Snapshot | None = None
     _written_at_s: float = 0.0
     _complaint: str | None = None
+    _doing: str = "training"
 
     @cached_property
     def _interrupts(self) -> Interrupts:
-        return Interrupts()
+        return Interrupts(self._stuck)
 
     @cached_property
     def _written(self) -> dict[str, int]:
@@ -85,13 +87,13 @@ class PreserveMixin(Trainer):
             super().perform_actual_validation(save_probabilities)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Train on one batch, unless a signal has come that could not be raised where it came."""
-        self._interrupts.check()
+        """Train on one batch, unless a signal has come since the last."""
+        self._interrupts.step()
         return super().train_step(batch)
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Validate on one batch, unless a signal has come that could not be raised where it came."""
-        self._interrupts.check()
+        """Validate on one batch, unless a signal has come since the last."""
+        self._interrupts.step()
         return super().validation_step(batch)
 
     def on_epoch_end(self) -> None:
@@ -213,18 +215,28 @@ class PreserveMixin(Trainer):
 
     @contextmanager
     def _preserving(self, what: str) -> Iterator[None]:
+        self._doing = what
         with self._interrupts.installed():
             try:
                 yield
+                self._interrupts.check()
             except BaseException as error:
-                self._interrupts.end()
-                failure = self._preserve() if what == "training" else None
+                with self._interrupts.ending():
+                    failure = self._preserve()
                 self._ended_early(error)
                 if self.local_rank == 0:
-                    self._say_last(
-                        error, f"SafeLoader: the {what} was ended {self._how(error, what)}: {self._what_now(failure)}"
-                    )
+                    cause = error.name if isinstance(error, EndedBySignal) else type(error).__name__
+                    self._say_last(error, self._last_line(cause, failure))
                 raise
+
+    def _stuck(self, signal_name: str) -> None:
+        """The training thread does not come back from native code (called in another one): end without it."""
+        failure = self._preserve()
+        if self.local_rank == 0:
+            line = self._last_line(f"{signal_name}, while native code did not return", failure)
+            self.print_to_log_file(line, also_print_to_console=False)
+            with suppress(OSError):
+                os.write(2, f"{line}\n".encode())  # not print: the other thread may be in one
 
     def _preserve(self) -> OSError | None:
         """Write the snapshot at once: SIGKILL may follow (Slurm's `KillWait` is 30 s)."""
@@ -234,11 +246,10 @@ class PreserveMixin(Trainer):
             return error
         return None
 
-    def _how(self, error: BaseException, what: str) -> str:
-        cause = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else type(error).__name__
-        cause = error.name if isinstance(error, EndedBySignal) else cause
-        during = what == "training" and self.current_epoch < self.num_epochs
-        return f"in epoch {self.current_epoch} by {cause}" if during else f"by {cause}"
+    def _last_line(self, cause: str, failure: OSError | None) -> str:
+        unfinished = self._doing == "training" and self.current_epoch < self.num_epochs
+        where = f"in epoch {self.current_epoch} by" if unfinished else "by"
+        return f"SafeLoader: the {self._doing} was ended {where} {cause}: {self._what_now(failure)}"
 
     def _what_now(self, failure: OSError | None) -> str:
         """What is kept of the training, and the command to go on with."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +125,10 @@ def last_line(trainer: Any) -> str:
     return line[line.index("SafeLoader: ") :].rstrip()
 
 
+def ended(epoch: int, cause: str) -> str:
+    return f"SafeLoader: the training was ended in epoch {epoch} by {cause}: "
+
+
 def assert_same(one: Any, other: Any, *, where: str = "") -> None:
     """Bit for bit, but for the clock."""
     if isinstance(one, dict):
@@ -142,7 +148,7 @@ def assert_same(one: Any, other: Any, *, where: str = "") -> None:
 
 def end(trainer: Any) -> BaseException:
     """Train until something ends it."""
-    with pytest.raises(BaseException) as raised:
+    with pytest.raises((ArithmeticError, SystemExit, KeyboardInterrupt)) as raised:
         trainer.run_training()
     return raised.value
 
@@ -157,7 +163,7 @@ def end(trainer: Any) -> BaseException:
         (send(signal.SIGTERM), EndedBySignal, 143, "SIGTERM"),
         (send(signal.SIGHUP), EndedBySignal, 129, "SIGHUP"),
         (send(signal.SIGUSR1), EndedBySignal, 138, "SIGUSR1"),
-        (send(signal.SIGINT), KeyboardInterrupt, None, "Ctrl-C"),
+        (send(signal.SIGINT), KeyboardInterrupt, None, "KeyboardInterrupt"),
     ],
     ids=["exception", "SIGTERM", "SIGHUP", "SIGUSR1", "Ctrl-C"],
 )
@@ -183,7 +189,7 @@ def test_the_last_finished_epoch_is_on_disk(
     assert not torch.equal(
         next(iter(load(latest(trainer))["network_weights"].values())), next(trainer.network.parameters())
     )
-    line = f"SafeLoader: the training was ended in epoch 1 by {cause}: the state after epoch 0 is in {latest(trainer)}. {FURTHER}"
+    line = f"{ended(1, cause)}the state after epoch 0 is in {latest(trainer)}. {FURTHER}"
     assert last_line(trainer) == line
     assert getattr(raised.value, "__notes__", [line]) == [line]
     assert [signal.getsignal(number) for number in SIGNALS] == before
@@ -198,16 +204,15 @@ def test_requeued_until_it_is_done_it_is_the_training_that_was_not_disturbed(
     undisturbed.run_training()
 
     elsewhere = make_workspace()
-    moments = ["train", "val", "epoch end", "last epoch"]
-    ended = []
+    codes = []
     for epoch, moment in zip(range(1, EPOCHS + 1), ["train", "val", "last epoch"], strict=True):
         trainer = make(at(moment, epoch, send(signal.SIGTERM)), workspace=elsewhere)
         if latest(trainer).exists():  # as `--c` does
             trainer.load_checkpoint(str(latest(trainer)))
         assert trainer.current_epoch == max(0, epoch - 1)
-        ended.append(end(trainer))
-        assert load(latest(trainer))["current_epoch"] == epoch, moments
-    assert [getattr(error, "code", None) for error in ended] == [143] * EPOCHS
+        codes.append(getattr(end(trainer), "code", None))
+        assert load(latest(trainer))["current_epoch"] == epoch
+    assert codes == [143] * EPOCHS
     trainer = make(workspace=elsewhere)
     trainer.load_checkpoint(str(latest(trainer)))
     trainer.run_training()
@@ -299,6 +304,27 @@ def test_a_second_signal_does_not_break_what_is_being_written(
         assert f"SafeLoader: {name} again: this process ends once the checkpoint is written" in screen
 
 
+def test_a_training_thread_that_native_code_does_not_give_back_is_not_waited_for(make: Callable[..., Any]) -> None:
+    def hang(trainer: Any) -> None:
+        mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock
+        lock(mutex)
+        os.kill(os.getpid(), signal.SIGTERM)
+        lock(mutex)
+
+    trainer = make(at("train", 1, hang))
+    trainer._interrupts = Interrupts(trainer._stuck, step_patience_s=0.0, native_patience_s=0.1)
+    child = os.fork()
+    if child == 0:
+        try:
+            trainer.run_training()
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    assert load(latest(trainer))["current_epoch"] == 1
+    cause = "SIGTERM, while native code did not return"
+    assert last_line(trainer) == f"{ended(1, cause)}the state after epoch 0 is in {latest(trainer)}. {FURTHER}"
+
+
 def test_before_an_epoch_is_finished_nothing_is_lost(make: Callable[..., Any]) -> None:
     trainer = make(at("train", 0, fail))
     end(trainer)
@@ -322,10 +348,12 @@ def test_a_continued_training_that_finishes_no_epoch_leaves_the_checkpoint_as_it
 @pytest.mark.parametrize("moment", ["end", "validation"])
 def test_after_the_last_epoch_it_is_validation_that_is_left(moment: str, make: Callable[..., Any]) -> None:
     trainer = make(at(moment, EPOCHS, send(signal.SIGTERM)))
-    trainer.epochs = trainer.num_epochs = EPOCHS
-    with pytest.raises(EndedBySignal):
+    if moment == "end":
+        end(trainer)
+    else:
         trainer.run_training()
-        trainer.perform_actual_validation()
+        with pytest.raises(EndedBySignal):
+            trainer.perform_actual_validation()
     assert sorted(path.name for path in latest(trainer).parent.glob("*.pth")) == [
         "checkpoint_best.pth",
         "checkpoint_final.pth",
@@ -375,7 +403,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(make: Callable[..., Any]) -> None
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert latest(trainer).read_bytes() == content
     assert last_line(trainer) == (
-        "SafeLoader: the training was ended in epoch 2 by ArithmeticError: the state after epoch 1 could not be written: "
+        f"{ended(2, 'ArithmeticError')}the state after epoch 1 could not be written: "
         f"[Errno 27] File too large. But the state after epoch 0 is in {latest(trainer)}. {FURTHER}"
     )
     assert not list(latest(trainer).parent.glob(".*"))
@@ -536,6 +564,10 @@ def test_no_other_checkpoint_is_silently_taken(name: str, remedy: str, make: Cal
 # ---- signals ----
 
 
+def nobody(name: str) -> None:
+    raise AssertionError(name)
+
+
 def test_handlers_of_the_users_own_and_ignored_signals_are_left_alone() -> None:
     def mine(*_: object) -> None: ...
 
@@ -543,7 +575,7 @@ def test_handlers_of_the_users_own_and_ignored_signals_are_left_alone() -> None:
     signal.signal(signal.SIGTERM, mine)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Interrupts().installed():
+        with Interrupts(nobody).installed():
             assert signal.getsignal(signal.SIGTERM) is mine
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
             assert signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL
@@ -553,6 +585,15 @@ def test_handlers_of_the_users_own_and_ignored_signals_are_left_alone() -> None:
             signal.signal(number, handler)
 
 
+def test_between_steps_it_is_raised_and_not_in_one() -> None:
+    interrupts = Interrupts(nobody, step_patience_s=100)
+    with interrupts.installed():
+        interrupts.step()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(EndedBySignal):
+            interrupts.step()
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_that_comes_where_no_exception_can_be_raised_is_raised_later() -> None:
     class Thing:
@@ -560,15 +601,25 @@ def test_a_signal_that_comes_where_no_exception_can_be_raised_is_raised_later() 
             os.kill(os.getpid(), signal.SIGTERM)
             len([])  # the handler runs here, and Python drops what it raises
 
-    interrupts = Interrupts()
+    interrupts = Interrupts(nobody, step_patience_s=100)
     with interrupts.installed():
         Thing()
         with pytest.raises(EndedBySignal):
             interrupts.check()
 
 
-def test_a_forked_child_ends_as_without_us() -> None:
-    with Interrupts().installed():
+def test_a_step_that_does_not_end_is_interrupted() -> None:
+    interrupts = Interrupts(nobody, step_patience_s=0.0)
+    with interrupts.installed():
+        interrupts.step()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            threading.Event().wait(60)
+
+
+def test_a_forked_child_ends_as_without_us_and_the_training_hears_nothing_of_it() -> None:
+    interrupts = Interrupts(nobody, step_patience_s=0.0)
+    with interrupts.installed():
         child = os.fork()
         if child == 0:
             try:
@@ -576,6 +627,7 @@ def test_a_forked_child_ends_as_without_us() -> None:
             finally:
                 os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+    interrupts.check()
 
 
 # ---- the command ----

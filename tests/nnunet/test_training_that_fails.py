@@ -43,7 +43,8 @@ def test_its_traceback_and_how_to_go_on_are_the_last_things_on_the_screen(
     checkpoint = workspace.output_folder(trainer) / "checkpoint_latest.pth"
     assert done.stdout.rstrip().endswith(
         "\nArithmeticError: the loss is not a number\n"
-        f"SafeLoader: the training was ended in epoch 1 by ArithmeticError: the state after epoch 0 is in {checkpoint}. "
+        "SafeLoader: the training was ended in epoch 1 by ArithmeticError: "
+        f"the state after epoch 0 is in {checkpoint}. "
         f"Go on with: nnUNetv2_train {workspace.dataset} {SMALL_CONFIGURATION} 0 -tr {trainer} -device cpu --c"
     )
     assert checkpoint.exists()
