@@ -127,14 +127,14 @@ class PreserveMixin(Trainer):
         Raises:
             CheckpointError: It is damaged, and there is none that training may go on from instead.
         """
-        if isinstance(filename_or_checkpoint, str):
-            filename_or_checkpoint = str(self._undamaged(Path(filename_or_checkpoint)))
-            super().load_checkpoint(filename_or_checkpoint)
-            self._continued = Path(filename_or_checkpoint)
-            self._written[self._continued.name] = self.current_epoch - 1
-        else:
+        if not isinstance(filename_or_checkpoint, str | os.PathLike):
             super().load_checkpoint(filename_or_checkpoint)
             self._continued = None
+            return
+        asked = Path(filename_or_checkpoint)
+        self._continued = self._undamaged(asked)
+        super().load_checkpoint(filename_or_checkpoint if self._continued == asked else str(self._continued))
+        self._written[self._continued.name] = self.current_epoch - 1
 
     def _stream_states(self) -> StreamStates | None:
         """For who knows: where the loaders' streams stand."""

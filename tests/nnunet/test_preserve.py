@@ -38,7 +38,7 @@ class Struck(ShortTraining):
 
     epochs = EPOCHS
     iterations = 2
-    val_iterations = 1
+    val_iterations = 2
     strike: Strike = staticmethod(lambda trainer, moment: None)
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -222,35 +222,39 @@ def test_requeued_until_it_is_done_it_is_the_training_that_was_not_disturbed(
     assert not latest(trainer).exists()
 
 
-def test_a_real_training_is_terminated_and_goes_on(make_workspace: Callable[..., Workspace]) -> None:
-    undisturbed, terminated = (make_workspace(epochs=2, iterations=20, val_iterations=1) for _ in range(2))
-    for workspace in (undisturbed, terminated):
+def test_a_real_training_is_ended_twice_and_goes_on(make_workspace: Callable[..., Workspace]) -> None:
+    undisturbed, disturbed = (make_workspace(epochs=EPOCHS, iterations=8, val_iterations=1) for _ in range(2))
+    for workspace in (undisturbed, disturbed):
         (workspace.trainers / "seeded.py").write_text(SEEDED)
+    name, output = "nnUNetTrainerSeeded", disturbed.output_folder("nnUNetTrainerSeeded")
     own = {"SAFELOADER_SEED": "5", "nnUNet_n_proc_DA": "1"}
 
-    def start(workspace: Workspace, *options: str) -> subprocess.Popen[str]:
-        command = workspace.train_command("nnUNetTrainerSeeded", *options)
-        out = (workspace.folder / "screen.txt").open("a")
-        with out:
-            return subprocess.Popen(command, env=workspace.environment(own), stdout=out, stderr=out, text=True)
+    def start(workspace: Workspace, *options: str) -> subprocess.Popen[bytes]:
+        screen = (workspace.folder / "screen.txt").open("wb")
+        with screen:
+            command = workspace.train_command(name, *options)
+            return subprocess.Popen(command, env=workspace.environment(own), stdout=screen, stderr=screen)
 
-    output = terminated.output_folder("nnUNetTrainerSeeded")
-    whole, first = start(undisturbed), start(terminated)
-    wait_until(lambda: any(step.epoch == 1 for step in read_steps(output)), timeout_s=200, what="the second epoch")
-    first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 143
-    screen = (terminated.folder / "screen.txt").read_text().rstrip()
-    go_on_with = f"nnUNetv2_train {terminated.dataset} {SMALL_CONFIGURATION} 0 -tr nnUNetTrainerSeeded -device cpu --c"
-    assert screen.endswith(
-        f"SafeLoader: the training was ended in epoch 1 by SIGTERM: the state after epoch 0 is in "
-        f"{output / 'checkpoint_latest.pth'}. Go on with: {go_on_with}"
-    )
+    def ended_in(epoch: int, number: int, *options: str) -> tuple[int, str]:
+        training = start(disturbed, *options)
+        wait_until(lambda: any(s.epoch == epoch for s in read_steps(output)), timeout_s=200, what=f"epoch {epoch}")
+        training.send_signal(number)
+        return training.wait(60), (disturbed.folder / "screen.txt").read_text()
+
+    whole = start(undisturbed)
+    further = f"Go on with: nnUNetv2_train {disturbed.dataset} {SMALL_CONFIGURATION} 0 -tr {name} -device cpu --c\n"
+    there = f"is in {output / 'checkpoint_latest.pth'}. {further}"
+    code, screen = ended_in(1, signal.SIGTERM)
+    assert code == 143
+    assert screen.endswith(f"{ended(1, 'SIGTERM')}the state after epoch 0 {there}")
     assert "Traceback" not in screen
-    assert start(terminated, "--c").wait(200) == 0, (terminated.folder / "screen.txt").read_text()
+    code, screen = ended_in(2, signal.SIGINT, "--c")
+    assert code == -signal.SIGINT
+    assert screen.endswith(f"\nKeyboardInterrupt\n{ended(2, 'KeyboardInterrupt')}the state after epoch 1 {there}")
+    assert screen.count("Traceback") == 1
+    assert start(disturbed, "--c").wait(200) == 0, (disturbed.folder / "screen.txt").read_text()
     assert whole.wait(200) == 0
-    assert_same(
-        *(load(w.output_folder("nnUNetTrainerSeeded") / "checkpoint_final.pth") for w in (undisturbed, terminated))
-    )
+    assert_same(*(load(w.output_folder(name) / "checkpoint_final.pth") for w in (undisturbed, disturbed)))
 
 
 SEEDED = """
