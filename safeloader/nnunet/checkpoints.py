@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Final
 
 import torch
 
+from safeloader.errors import CheckpointError
 from safeloader.nnunet.loaders import namespaces, replaced
 from safeloader.nnunet.resume import StreamStates
 
@@ -32,14 +33,6 @@ EARLIER_FINAL: Final = "checkpoint_final_earlier.pth"
 
 _ZIP: Final = b"PK\x03\x04"
 _PICKLE: Final = b"\x80"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint can't be loaded because its file is damaged; `path` is the file."""
-
-    def __init__(self, message: str, path: Path) -> None:
-        super().__init__(message)
-        self.path = path
 
 
 @dataclass
@@ -173,3 +166,32 @@ def damage(path: Path) -> str | None:
         except EOFError:
             return "a part of it is missing"
     return None if broken is None else f"the checksum of {broken} in it is wrong"
+
+
+def undamaged(path: Path, say: Callable[[str], None]) -> Path:
+    """This checkpoint, or what `--c` may go on from instead: the best one for the latest, which `say` is told.
+
+    Nothing takes the place of a damaged final one: who asks for that may want to validate with it.
+
+    Raises:
+        CheckpointError: It is damaged, and nothing may take its place.
+        OSError: It can't be read.
+    """
+    wrong = damage(path)
+    if wrong is None:
+        return path
+    best = path.with_name(BEST)
+    if path.name == LATEST and best.exists() and damage(best) is None:
+        say(
+            f"SafeLoader: {path} is damaged ({wrong}): training goes on from the last undamaged checkpoint, "
+            f"{BEST}. The epochs after it are trained again."
+        )
+        return best
+    raise CheckpointError(f"{path} is damaged ({wrong}): {_remedy(path)}", path)
+
+
+def _remedy(path: Path) -> str:
+    others = [name for name in IN_ORDER if name != path.name and path.with_name(name).exists()]
+    if path.name == FINAL and others:
+        return f"remove it, and --c goes on from {others[0]}"
+    return "there is no other to go on from, so start again without --c, or put a copy of it there"

@@ -1,12 +1,17 @@
-"""The command that goes on with a training: the one that started it, changed as little as it takes."""
+"""How to go on with a training that ended: what is kept of it, and the command.
+
+The command is the one that started it, changed as little as it takes.
+"""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from safeloader.nnunet.checkpoints import FINAL, IN_ORDER
 
 if TYPE_CHECKING:
     from safeloader.nnunet.upstream import Trainer
@@ -17,6 +22,31 @@ _STARTED_AS: Final = (PROGRAM, "run_training.py")  # the latter by `python -m nn
 CONTINUE: Final = "--c"
 VALIDATE: Final = "--val"
 _PRETRAINED: Final = "-pretrained_weights"
+
+
+def what_now(trainer: Trainer, written: Mapping[str, int], lost: int | None, failure: OSError | None) -> str:
+    """What is kept of a training, and the command to go on with.
+
+    Args:
+        trainer: Whose training it is.
+        written: The checkpoints that it has written or was loaded from, and the epoch whose state is in them.
+        lost: The epoch whose state was kept in memory, if that could not be written.
+        failure: Why it could not.
+    """
+    again = f"Start again with: {command(trainer, None)}"
+    further = f"Go on with: {command(trainer, CONTINUE)}"
+    if trainer.disable_checkpointing:
+        return f"checkpointing is disabled, so nothing was written. {again}"
+    folder = Path(trainer.output_folder)
+    there = next((name for name in IN_ORDER if name in written and (folder / name).exists()), None)
+    if there == FINAL:
+        return f"the training itself is finished. Validate with: {command(trainer, VALIDATE)}"
+    known = "" if there is None else f"the state after epoch {written[there]} is in {folder / there}. {further}"
+    if failure is not None:
+        remains = f"But {known}" if known else f"There is no older one. {again}"
+        return f"the state after epoch {lost} could not be written: {failure}. {remains}"
+    nothing = "no checkpoint was written" if trainer.current_epoch else "no epoch was finished, so nothing is lost"
+    return known or f"{nothing}. {again}"
 
 
 def command(trainer: Trainer, option: str | None, argv: Sequence[str] | None = None) -> str:

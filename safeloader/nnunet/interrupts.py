@@ -52,6 +52,9 @@ class EndedBySignal(SystemExit):
         super().__init__(128 + number)
         self.name = signal.Signals(number).name
 
+    def __str__(self) -> str:
+        return f"{self.name}, exit code {self.code}"
+
 
 class Interrupts:
     """Raises `EndedBySignal` or KeyboardInterrupt in the main thread when a signal comes; not while it is held.
@@ -74,6 +77,7 @@ class Interrupts:
         self._pending: int | None = None
         self._at_steps = False
         self._insists = False
+        self._reacted = False
         self._ended = threading.Event()
 
     @contextmanager
@@ -130,7 +134,7 @@ class Interrupts:
                 # Not print: the signal may have come in the middle of one.
                 os.write(2, _already(number).encode())
             return
-        self._pending = number
+        self._pending, self._reacted = number, True
         if self._insists or not self._at_steps:
             self.check()
 
@@ -162,9 +166,9 @@ class Interrupts:
         while (number := heard.recv(1)[0]) != _STOP[0]:
             if number not in self._before or self._ended.wait(self._step_patience_s):
                 continue
-            self._insists = True
+            self._insists, self._reacted = True, False
             signal.pthread_kill(threading.main_thread().ident or 0, number)
-            while not self._ended.wait(self._native_patience_s):
+            while not self._ended.wait(self._native_patience_s) and not self._reacted:
                 if self._lock.acquire(blocking=False):
                     self._on_stuck(signal.Signals(number).name)
                     os._exit(128 + number)

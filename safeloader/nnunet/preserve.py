@@ -19,7 +19,9 @@ a subclass adds is in it. A plain copy of the tensors took as long.
 What kills without asking (SIGKILL, the OOM killer, a node's failure) finds the file that is at most 15 min old, not
 up to 49 epochs as in nnU-Net. nnU-Net's own checkpoints are replaced in one step, too (`checkpoints.py`).
 
-Not covered: changes that a subclass makes after its `super().on_epoch_end()`.
+Not covered: changes that a subclass makes after its `super().on_epoch_end()`. Under DDP the process that started the
+ranks is torch's and takes SIGTERM as ever; where its end takes the ranks with it (Slurm's batch step), they may be
+killed before they have written, and the file of the last 15 min is what there is.
 """
 
 from __future__ import annotations
@@ -34,16 +36,13 @@ from typing import Any
 
 from safeloader.nnunet import go_on
 from safeloader.nnunet.checkpoints import (
-    BEST,
     EARLIER_FINAL,
     FINAL,
-    IN_ORDER,
     LATEST,
-    CheckpointError,
     Snapshot,
-    damage,
     save_atomically,
     saving_with,
+    undamaged,
 )
 from safeloader.nnunet.interrupts import EndedBySignal, Interrupts
 from safeloader.nnunet.resume import StreamStates, remember
@@ -132,7 +131,7 @@ class PreserveMixin(Trainer):
             self._continued = None
             return
         asked = Path(filename_or_checkpoint)
-        self._continued = self._undamaged(asked)
+        self._continued = undamaged(asked, self.print_to_log_file)
         super().load_checkpoint(filename_or_checkpoint if self._continued == asked else str(self._continued))
         self._written[self._continued.name] = self.current_epoch - 1
 
@@ -153,7 +152,7 @@ class PreserveMixin(Trainer):
         try:
             with saving_with(type(self), fresh.save):
                 self.save_checkpoint(str(fresh.main))
-        except (MemoryError, OSError) as error:
+        except (MemoryError, OSError, RuntimeError) as error:  # torch's "can't allocate memory" is a RuntimeError
             self._complain(f"the state after epoch {epoch} could not be kept in memory: {type(error).__name__} {error}")
             return
         finally:
@@ -185,16 +184,15 @@ class PreserveMixin(Trainer):
 
     def _note_written(self, checkpoint: Path, epoch: int, states: StreamStates | None) -> None:
         self._written[checkpoint.name] = epoch
-        if checkpoint.name == LATEST:
-            self._written_at_s = time.monotonic()
-            self._put_aside_final(checkpoint.with_name(FINAL))
-        if states is None:
-            return
         try:
-            remember(checkpoint, epoch + 1, states)
+            if states is not None:
+                remember(checkpoint, epoch + 1, states)
         except OSError as error:
             # Without it a continued training has other batches; that is not worth this training.
             self.print_to_log_file(f"SafeLoader: where the streams stand could not be written: {error}")
+        if checkpoint.name == LATEST:
+            self._written_at_s = time.monotonic()
+            self._put_aside_final(checkpoint.with_name(FINAL))
 
     def _put_aside_final(self, final: Path) -> None:
         """`--c` would take an earlier training's end for this one's."""
@@ -249,27 +247,9 @@ class PreserveMixin(Trainer):
     def _last_line(self, cause: str, failure: OSError | None) -> str:
         unfinished = self._doing == "training" and self.current_epoch < self.num_epochs
         where = f"in epoch {self.current_epoch} by" if unfinished else "by"
-        return f"SafeLoader: the {self._doing} was ended {where} {cause}: {self._what_now(failure)}"
-
-    def _what_now(self, failure: OSError | None) -> str:
-        """What is kept of the training, and the command to go on with."""
-        again = f"Start again with: {go_on.command(self, None)}"
-        further = f"Go on with: {go_on.command(self, go_on.CONTINUE)}"
-        if self.disable_checkpointing:
-            return f"checkpointing is disabled, so nothing was written. {again}"
-        folder = Path(self.output_folder)
-        there = next((name for name in IN_ORDER if (folder / name).exists() and name in self._written), None)
-        if there == FINAL:
-            return f"the training itself is finished. Validate with: {go_on.command(self, go_on.VALIDATE)}"
-        known = "" if there is None else f"the state after epoch {self._written[there]} is in {folder / there}"
-        if failure is not None:
-            assert self._snapshot is not None
-            lost = f"the state after epoch {self._snapshot.epoch} could not be written: {failure}. "
-            return lost + (f"But {known}. {further}" if known else f"There is no older one. {again}")
-        if known:
-            return f"{known}. {further}"
-        nothing = "no checkpoint was written" if self.current_epoch else "no epoch was finished, so nothing is lost"
-        return f"{nothing}. {again}"
+        lost = None if self._snapshot is None else self._snapshot.epoch
+        what_now = go_on.what_now(self, self._written, lost, failure)
+        return f"SafeLoader: the {self._doing} was ended {where} {cause}: {what_now}"
 
     def _say_last(self, error: BaseException, line: str) -> None:
         """Below the traceback where Python can do that (3.11); where it prints none, as for a signal, just so."""
@@ -278,29 +258,3 @@ class PreserveMixin(Trainer):
             self.print_to_log_file(line, also_print_to_console=not below)
         if below:
             error.add_note(line)
-
-    # ---- when a training continues ----
-
-    def _undamaged(self, path: Path) -> Path:
-        """This checkpoint, or what `--c` may go on from instead.
-
-        Nothing takes the place of a damaged final one: who asks for that may want to validate with it.
-        """
-        wrong = damage(path)
-        if wrong is None:
-            return path
-        best = path.with_name(BEST)
-        if path.name == LATEST and best.exists() and damage(best) is None:
-            self.print_to_log_file(
-                f"SafeLoader: {path} is damaged ({wrong}): training goes on from the last undamaged checkpoint, "
-                f"{BEST}. The epochs after it are trained again."
-            )
-            return best
-        raise CheckpointError(f"{path} is damaged ({wrong}): {_remedy(path)}", path)
-
-
-def _remedy(path: Path) -> str:
-    others = [name for name in IN_ORDER if name != path.name and path.with_name(name).exists()]
-    if path.name == FINAL and others:
-        return f"remove it, and --c goes on from {others[0]}"
-    return "there is no other to go on from, so start again without --c, or put a copy of it there"

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from safeloader.errors import CheckpointError
 from safeloader.nnunet import checkpoints, go_on
-from safeloader.nnunet.checkpoints import CheckpointError, damage, save_atomically
+from safeloader.nnunet.checkpoints import damage, save_atomically
 from safeloader.nnunet.interrupts import SIGNALS, EndedBySignal, Interrupts
 from safeloader.nnunet.short import ShortTraining, read_steps
 from safeloader.nnunet.workspace import SMALL_CONFIGURATION, Workspace
@@ -445,6 +446,21 @@ def test_what_a_subclass_adds_is_kept(make: Callable[..., Any]) -> None:
     end(trainer)
     assert load(latest(trainer))["current_epoch"] == 2
     assert load(latest(trainer).with_name("checkpoint_latest_ema.pth")) == {"ema": 1}
+
+
+def test_a_state_that_cannot_be_kept_in_memory_ends_no_training(make: Callable[..., Any]) -> None:
+    class ReadsItsFile(make.trainer_class):  # type: ignore[attr-defined,misc,name-defined]
+        def save_checkpoint(self, filename: str) -> None:
+            super().save_checkpoint(filename)
+            load(Path(filename))
+
+    trainer = make(at("train", 2, fail), cls=ReadsItsFile)
+    end(trainer)
+    log = Path(trainer.log_file).read_text()
+    assert log.count("could not be kept in memory") == 1
+    assert "SafeLoader: the state after epoch 0 could not be kept in memory: FileNotFoundError" in log
+    best = latest(trainer).with_name("checkpoint_best.pth")
+    assert f"is in {best}. {FURTHER}" in last_line(trainer)
 
 
 def test_a_trainer_that_writes_no_checkpoints_is_not_said_to_have_one(make: Callable[..., Any]) -> None:
