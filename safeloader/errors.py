@@ -15,6 +15,7 @@ error catches ours. A message says what happened, the evidence, and what to do; 
     ├── BadCaseError           a case fails again and again, and on_bad_case="raise"
     │   └── QuarantineLimitError     more cases fail than may be quarantined
     ├── OutageError            storage has failed for longer than outage_timeout_s
+    ├── CheckpointError        a checkpoint's file is damaged, and no other may take its place
     └── InternalError          a fault of SafeLoader itself
 """
 
@@ -23,6 +24,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from safeloader.faults.incident import Incident
 
 
@@ -157,6 +160,14 @@ class OutageError(SafeLoaderError):
     def __init__(self, message: str, incidents: tuple[Incident, ...]) -> None:
         super().__init__(message)
         self.incidents = incidents
+
+
+class CheckpointError(SafeLoaderError):
+    """A checkpoint can't be loaded because its file is damaged; `path` is the file."""
+
+    def __init__(self, message: str, path: Path) -> None:
+        super().__init__(message)
+        self.path = path
 
 
 class InternalError(SafeLoaderError):

@@ -10,7 +10,6 @@ leaves `__init__` alone, since nnU-Net reads its signature, and the network, los
 from __future__ import annotations
 
 import inspect
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,15 +22,16 @@ from safeloader.config import resolve
 from safeloader.faults.cpus import available_cpus
 from safeloader.nnunet.history import KeepsHistory, epochs_file
 from safeloader.nnunet.loaders import LOADERS, LoaderFactory, pool_name, safe_loaders
+from safeloader.nnunet.preserve import PreserveMixin
 from safeloader.nnunet.record import About, TrainingRecord, put_aside, report_path
-from safeloader.nnunet.resume import NoStateError, StreamStates, recall, remember
+from safeloader.nnunet.resume import NoStateError, StreamStates, recall
 from safeloader.pool import blur
 from safeloader.pool.book import INCIDENTS_FILE
 from safeloader.pool.seeding import root_seed
 from safeloader.report.audit import audit_file
 
 
-class SafeLoaderMixin(KeepsHistory):
+class SafeLoaderMixin(PreserveMixin, KeepsHistory):
     """Mixed in before an nnU-Net trainer class: dead workers are replaced instead of ending the training.
 
     Checkpoints carry the base trainer's name, because the network is the base trainer's: a model trained with
@@ -39,7 +39,6 @@ class SafeLoaderMixin(KeepsHistory):
     """
 
     _safeloader: TrainingRecord | None = None
-    _continued: Path | None = None  # the checkpoint that this training goes on from
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Nnu-Net's own loaders, with our augmenter around them.
@@ -85,37 +84,19 @@ class SafeLoaderMixin(KeepsHistory):
         super().on_train_end()
         self._end_report("finished")
 
-    def run_training(self) -> None:
-        """Train; an exception that ends it is summed up as well, and then stays the last thing on the screen."""
-        try:
-            super().run_training()
-        except BaseException as error:
-            # A second failure, of the report, must not take the place of the first on the screen.
-            with suppress(OSError):
-                self._end_report(f"{type(error).__name__}: {error}".rstrip(": "))
-            raise
-
     def save_checkpoint(self, filename: str) -> None:
-        """Save nnU-Net's checkpoint, under the name of the trainer class that prediction needs.
-
-        Beside it is noted where the streams stand, for a training that continues from it.
-        """
+        """Save nnU-Net's checkpoint, under the name of the trainer class that prediction needs."""
         with _named(type(self), checkpoint_trainer_name(type(self))):
             super().save_checkpoint(filename)
-        states = None if self._safeloader is None else self._safeloader.states()
-        if states is None or self.local_rank != 0 or self.disable_checkpointing:
-            return
-        try:
-            remember(Path(filename), self.current_epoch + 1, states)
-        except OSError as error:
-            # Without it a continued training has other batches; that is not worth this training.
-            self.print_to_log_file(f"SafeLoader: where the streams stand could not be written: {error}")
 
-    def load_checkpoint(self, filename_or_checkpoint: Any) -> None:
-        """Load it, and remember which: the streams go on where they stood in it."""
-        super().load_checkpoint(filename_or_checkpoint)
-        named = isinstance(filename_or_checkpoint, (str, os.PathLike))
-        self._continued = Path(filename_or_checkpoint) if named else None
+    def _stream_states(self) -> StreamStates | None:
+        return None if self._safeloader is None else self._safeloader.states()
+
+    def _ended_early(self, error: BaseException) -> None:
+        """Sum up what an exception has ended as well."""
+        # A second failure, of the report, must not take the place of the first on the screen.
+        with suppress(OSError):
+            self._end_report(f"{type(error).__name__}: {error}".rstrip(": "))
 
     def _given_seed(self) -> int | None:
         """`SAFELOADER_SEED`, if it is set."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         device: torch.device
         fold: int | str
         configuration_name: str
+        plans_manager: Any
         num_epochs: int
         num_iterations_per_epoch: int
         num_val_iterations_per_epoch: int
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
         def save_checkpoint(self, filename: str) -> None: ...
         def load_checkpoint(self, filename_or_checkpoint: Any) -> None: ...
         def perform_actual_validation(self, save_probabilities: bool = False) -> None: ...
-        def print_to_log_file(self, *args: object) -> None: ...
+        def print_to_log_file(self, *args: object, also_print_to_console: bool = True) -> None: ...
 
 else:
     Trainer = object

@@ -14,6 +14,8 @@ from safeloader.pool.book import INCIDENTS_FILE
 
 
 class Base:
+    local_rank = 1  # which leaves checkpoints to rank 0
+
     def __init__(self, output_folder: Path) -> None:
         self.output_folder = str(output_folder)
         self.log: list[str] = []

@@ -37,11 +37,11 @@ class TestLoaders:
         assert (train.report().stream, val.report().stream) == (0, 1)
 
     def test_nnunets_module_is_as_before_afterwards(
-        self, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+        self, make_trainer: MakeTrainer, nnunet: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("nnUNet_n_proc_DA", "1")
         trainer = make_trainer()
-        namespace = type(trainer).__mro__[2].get_dataloaders.__globals__
+        namespace = nnunet.nnUNetTrainer.get_dataloaders.__globals__
         before = dict(namespace)
         trainer.get_dataloaders()
         assert namespace == before

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import psutil
 
-from safeloader.nnunet.workspace import Workspace
+from safeloader.nnunet.workspace import SMALL_CONFIGURATION, Workspace
 
 FAILING = """
 from safeloader.nnunet.mixin import SafeLoaderMixin
@@ -22,7 +22,9 @@ class nnUNetTrainerFails(SafeLoaderMixin, nnUNetTrainerShort):
 """
 
 
-def test_its_traceback_is_the_last_thing_on_the_screen(make_workspace: Callable[..., Workspace]) -> None:
+def test_its_traceback_and_how_to_go_on_are_the_last_things_on_the_screen(
+    make_workspace: Callable[..., Workspace],
+) -> None:
     workspace = make_workspace(epochs=2, iterations=3, val_iterations=1)
     (workspace.trainers / "failing.py").write_text(FAILING)
     trainer = "nnUNetTrainerFails"
@@ -38,7 +40,14 @@ def test_its_traceback_is_the_last_thing_on_the_screen(make_workspace: Callable[
         timeout=120,
     )
     assert done.returncode == 1
-    assert done.stdout.rstrip().endswith("\nArithmeticError: the loss is not a number")
+    checkpoint = workspace.output_folder(trainer) / "checkpoint_latest.pth"
+    assert done.stdout.rstrip().endswith(
+        "\nArithmeticError: the loss is not a number\n"
+        "SafeLoader: the training was ended in epoch 1 by ArithmeticError: "
+        f"the state after epoch 0 is in {checkpoint}. "
+        f"Go on with: nnUNetv2_train {workspace.dataset} {SMALL_CONFIGURATION} 0 -tr {trainer} -device cpu --c"
+    )
+    assert checkpoint.exists()
     assert done.stdout.count("Traceback (most recent call last)") == 1
     assert "background workers" not in done.stdout
     # One when nnU-Net makes the loader, three in epoch 0, and the one that failed.
