@@ -16,8 +16,8 @@ that others use, too. In memory it is about 1 % of the time, and 243 MB (two of 
 old). torch's own serialisation is used because it is exact by construction: what is shared stays shared, and what
 a subclass adds is in it. A plain copy of the tensors took as long.
 
-What kills without asking (SIGKILL, the OOM killer, a node's failure) finds the file that is 15 min and an epoch old at most, not
-up to 49 epochs as in nnU-Net. nnU-Net's own checkpoints are replaced in one step, too (`checkpoints.py`).
+What kills without asking (SIGKILL, the OOM killer, a node's failure) finds the file that is 15 min and an epoch old at
+most, not up to 49 epochs as in nnU-Net. nnU-Net's own checkpoints are replaced in one step, too (`checkpoints.py`).
 
 Not covered: changes that a subclass makes after its `super().on_epoch_end()`. Under DDP the process that started the
 ranks is torch's and takes SIGTERM as ever; where its end takes the ranks with it (Slurm's batch step), they may be
