@@ -15,6 +15,7 @@ error catches ours. A message says what happened, the evidence, and what to do; 
     ├── BadCaseError           a case fails again and again, and on_bad_case="raise"
     │   └── QuarantineLimitError     more cases fail than may be quarantined
     ├── OutageError            storage has failed for longer than outage_timeout_s
+    ├── ExportError            predictions of nnU-Net's validation could not be exported
     └── InternalError          a fault of SafeLoader itself
 """
 
@@ -157,6 +158,20 @@ class OutageError(SafeLoaderError):
     def __init__(self, message: str, incidents: tuple[Incident, ...]) -> None:
         super().__init__(message)
         self.incidents = incidents
+
+
+class ExportError(SafeLoaderError):
+    """Exports or evaluations of nnU-Net's validation failed; all others were done before this is raised.
+
+    The first one's remote traceback is the `__cause__`, if it was an exception.
+
+    Attributes:
+        cases: the cases that are missing.
+    """
+
+    def __init__(self, message: str, cases: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.cases = cases
 
 
 class InternalError(SafeLoaderError):
