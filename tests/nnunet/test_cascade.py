@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-
 from safeloader.nnunet.mixin import SafeLoaderMixin
 
 DATASET = "Dataset001_Brain"

@@ -39,9 +39,12 @@ def weights_identity(weights: Mapping[str, Any], usage: Any) -> str:
 
 
 def inputs_of(case: str, folders: Iterable[str | None]) -> list[list[Any]]:
-    """Size and time of what a case's prediction is made of: its files in the preprocessed folders."""
+    """Names and sizes of what a case's prediction is made of: its files in the preprocessed folders.
+
+    Not their times: on a cluster each job may have a copy of its own.
+    """
     paths = [Path(folder) / f"{case}{ending}" for folder in folders if folder for ending in _INPUT_ENDINGS]
-    return [_seen(path) for path in paths if path.exists()]
+    return [[path.name, path.stat().st_size] for path in paths if path.exists()]
 
 
 class Ledger:

@@ -326,7 +326,8 @@ class ExportPool:
         """A process has ended: what it had in hand was perhaps its death, what it had not begun was not."""
         self._running.remove(process)
         counters = memory.OomCounters.read()
-        oom, self._oom = counters.risen_since(self._oom), counters
+        oom = counters.risen_since(self._oom) if counters.killed_since(self._oom) else None
+        self._oom = counters
         if oom is not None and self.processes > 1:
             self.processes -= 1
         jobs = [self._jobs[number] for number in process.jobs]
