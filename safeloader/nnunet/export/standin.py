@@ -93,7 +93,11 @@ class SafePool:
 
     def __init__(self, pool: ExportPool) -> None:
         self._export_pool = pool
-        self._pool = [Seat() for _ in range(pool.processes)]
+
+    @property
+    def _pool(self) -> list[Seat]:
+        """Nnu-Net asks how many there are: with so many and two more in hand, it waits before it predicts."""
+        return [Seat() for _ in range(self._export_pool.processes)]
 
     def __enter__(self) -> SafePool:
         return self

@@ -23,7 +23,7 @@ from safeloader.ring.memfile import MemoryFile
 def main(link_fd: int, stacks_fd: int) -> NoReturn:
     """Work for the trainer at the other end of `link_fd` until it is gone. Stacks of a crash go into `stacks_fd`."""
     process.leave_interrupts_to_trainer()
-    process.set_title("safeloader-export")
+    process.set_title("sl-export")
     process.raise_oom_score()
     process.leave_stacks(stacks_fd)
     link = Link.from_fd(link_fd)
