@@ -417,6 +417,7 @@ def test_keys_are_unique_and_every_known_cause_is_tested() -> None:
         "safeloader-start",
         "safeloader-finite-loader",
         "safeloader-unpicklable",
+        "safeloader-export",
         "safeloader-bug",
     }
 
