@@ -131,8 +131,8 @@ class SurvivingValidation(Trainer):
         kept = self._of_first_rank(lambda: [case for case in validate if self._done(case)])
         if kept:
             self.print_to_log_file(
-                f"SafeLoader: {len(kept)} of {len(validate)} cases are kept from an earlier validation with these "
-                f"weights: to have them predicted again, remove {self._validation.ledger.path}"
+                f"SafeLoader: {len(kept)} of {len(validate)} cases kept from an earlier validation with these weights: "
+                f"to have them predicted again, remove {self._validation.ledger.path}"
             )
         return train, [case for case in validate if case not in set(kept)]
 

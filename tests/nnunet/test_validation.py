@@ -158,13 +158,12 @@ def _results(trainer: Any) -> dict[str, Any]:
     return results
 
 
-def test_faults_everywhere_and_the_same_results(
+def test_killed_processes_and_the_same_results(
     make: Callable[[], Any], orders: Orders, cascade: None, undisturbed: dict[str, Any]
 ) -> None:
     trainer = make()
     faults = [
         ("no memory", "next-brain_001"),
-        ("kill", "brain_002"),
         ("kill", "brain_002"),
         ("kill", "brain_001.nii.gz"),
     ]
@@ -173,7 +172,7 @@ def test_faults_everywhere_and_the_same_results(
     predicted, log = _validate(trainer)
     assert not any(orders.folder.iterdir()), "all faults struck"
     assert predicted == CASES
-    assert "SafeLoader: the export of case brain_002 is done in the training process, with one thread" in log
+    assert "SafeLoader: the export of case brain_002: the process (pid " in log
     assert "Mean Validation Dice" in log
     incidents = list(journal.read(Path(trainer.output_folder) / INCIDENTS_FILE))
     assert sorted(incident["case"] for incident in incidents) == sorted(
@@ -189,7 +188,7 @@ def test_faults_everywhere_and_the_same_results(
 
 
 def test_a_second_validation_makes_only_what_is_missing(
-    make: Callable[[], Any], no_process: None, cascade: None
+    make: Callable[[], Any], no_process: None, cascade: None, undisturbed: dict[str, Any]
 ) -> None:
     trainer = make()
     base = Path(trainer.output_folder_base)
@@ -199,13 +198,14 @@ def test_a_second_validation_makes_only_what_is_missing(
     assert _validate(trainer)[0] == CASES
     assert not left.parent.exists(), "what a killed trainer has left is removed"
     first = _results(trainer)
+    assert first == undisturbed, "also with one thread, in the trainer"
 
     predicted, log = _validate(trainer)
     assert predicted == [] and _results(trainer) == first
     ledger = base / "fold_0" / LEDGER_FILE
     assert (
-        "SafeLoader: 3 of 3 cases are kept from an earlier validation with these weights: to have them predicted "
-        f"again, remove {ledger}"
+        "SafeLoader: 3 of 3 cases kept from an earlier validation with these weights: to have them predicted again, "
+        f"remove {ledger}"
     ) in log
 
     with (validation / "brain_000.nii.gz").open("r+b") as file:
@@ -213,7 +213,7 @@ def test_a_second_validation_makes_only_what_is_missing(
     (next_stage / "brain_002.b2nd").unlink()
     predicted, log = _validate(trainer)
     assert predicted == ["brain_000", "brain_002"] and _results(trainer) == first
-    assert "SafeLoader: 1 of 3 cases are kept" in log
+    assert "SafeLoader: 1 of 3 cases kept" in log
 
     predicted, _ = _validate(trainer, True)
     assert predicted == CASES, "probabilities were not there"

@@ -145,21 +145,20 @@ def test_not_in_the_trainer_if_its_memory_does_not_suffice(
 @pytest.mark.parametrize(
     ("deed", "why"),
     [
-        ("stop", "had not finished after 3 s and was ended"),
+        ("stop", "had not finished after 2 s and was ended"),
         ("crash", "was killed by SIGSEGV after"),
     ],
 )
 def test_what_would_hang_or_crash_the_trainer_is_not_tried_there(deed: str, why: str, validation: Validation) -> None:
-    validation.orders.give(deed, "once")
     for _ in range(2):
         validation.orders.give(deed, "twice")
-    pool = validation.pool(timeout_s=3)
-    results = [validation.export(pool, case) for case in ("once", "twice", "never")]
-    assert results[0].get() and results[2].get()
+    pool = validation.pool(timeout_s=2)
+    results = [validation.export(pool, case) for case in ("never", "twice")]
+    assert results[0].get()
     with pytest.raises(ExportError, match=f"the export of case twice: its process {why}.*, for the second time"):
         results[1].get()
-    assert validation.files == _whole("never", "once")
-    assert len(validation.incidents) == 3
+    assert validation.files == _whole("never")
+    assert len(validation.incidents) == 2
     assert all("export_jobs.py" in (incident.stacks or "") for incident in validation.incidents)
 
 
