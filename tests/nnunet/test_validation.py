@@ -15,6 +15,7 @@ import blosc2
 import pytest
 import torch
 from torch import distributed
+from tqdm import tqdm
 
 from safeloader.errors import ConfigError, ExportError
 from safeloader.nnunet.export import pool as export_pool
@@ -102,6 +103,7 @@ def make(
     nnunet: ModuleType, make_workspace: Callable[..., Workspace], stock: Any, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[], Any]:
     """Makes trainers with SafeLoader that validate three cases, each in a workspace of its own."""
+    monkeypatch.setattr(tqdm, "monitor_interval", 0)  # nnU-Net's predictor makes one: a thread that stays
     monkeypatch.setattr(stock, "default_num_processes", 1)
     return lambda: _trainer(_trainer_classes(nnunet, stock)[1], make_workspace(), monkeypatch)
 
