@@ -16,6 +16,7 @@ error catches ours. A message says what happened, the evidence, and what to do; 
     │   └── QuarantineLimitError     more cases fail than may be quarantined
     ├── OutageError            storage has failed for longer than outage_timeout_s
     ├── CheckpointError        a checkpoint's file is damaged, and no other may take its place
+    ├── ExportError            predictions of nnU-Net's validation could not be exported
     └── InternalError          a fault of SafeLoader itself
 """
 
@@ -168,6 +169,20 @@ class CheckpointError(SafeLoaderError):
     def __init__(self, message: str, path: Path) -> None:
         super().__init__(message)
         self.path = path
+
+
+class ExportError(SafeLoaderError):
+    """Exports or evaluations of nnU-Net's validation failed; all others were done before this is raised.
+
+    The first one's remote traceback is the `__cause__`, if it was an exception.
+
+    Attributes:
+        cases: the cases that are missing.
+    """
+
+    def __init__(self, message: str, cases: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.cases = cases
 
 
 class InternalError(SafeLoaderError):

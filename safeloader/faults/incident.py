@@ -18,6 +18,7 @@ KINDS: Final[Mapping[str, str]] = {
     "outage-over": "they can again",
     "degrade": "the pool goes on with fewer workers, or with the other way to start them",
     "recovery": "the pool tries one worker more again",
+    "export-death": "a process that exports or evaluates predictions of the validation died or hung",
     "recycle": "a worker whose memory had grown was replaced between two batches",
 }
 """What `Incident.kind` may be."""

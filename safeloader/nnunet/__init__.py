@@ -3,6 +3,8 @@
     mixin.py      SafeLoaderMixin: what a trainer gets from us; works before any nnU-Net trainer class
     trainer.py    nnUNetTrainerSafeLoader = the mixin + nnUNetTrainer
     upstream.py   what our mixins use of nnU-Net's trainer, for the type checker
+    validation.py a validation whose processes may die; export/ is its pool
+    cascade.py    finds the results of a cascade's first stage
     loaders.py    makes the stock get_dataloaders build our augmenter
     record.py     what the training log and safeloader_report.json say
     history.py    safeloader_epochs.jsonl: a line per epoch, for `safeloader report`

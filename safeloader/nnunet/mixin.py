@@ -20,18 +20,20 @@ from torch import distributed
 
 from safeloader.config import resolve
 from safeloader.faults.cpus import available_cpus
+from safeloader.nnunet.cascade import CascadeFolders
 from safeloader.nnunet.history import KeepsHistory, epochs_file
 from safeloader.nnunet.loaders import LOADERS, LoaderFactory, pool_name, safe_loaders
 from safeloader.nnunet.preserve import PreserveMixin
 from safeloader.nnunet.record import About, TrainingRecord, put_aside, report_path
 from safeloader.nnunet.resume import NoStateError, StreamStates, recall
+from safeloader.nnunet.validation import SurvivingValidation
 from safeloader.pool import blur
 from safeloader.pool.book import INCIDENTS_FILE
 from safeloader.pool.seeding import root_seed
 from safeloader.report.audit import audit_file
 
 
-class SafeLoaderMixin(PreserveMixin, KeepsHistory):
+class SafeLoaderMixin(PreserveMixin, SurvivingValidation, CascadeFolders, KeepsHistory):
     """Mixed in before an nnU-Net trainer class: dead workers are replaced instead of ending the training.
 
     Checkpoints carry the base trainer's name, because the network is the base trainer's: a model trained with

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
         output_folder: str
         output_folder_base: str
+        preprocessed_dataset_folder: str
+        folder_with_segs_from_previous_stage: str | None
+        plans_manager: Any
+        configuration_manager: Any
+        dataset_json: dict[str, Any]
+        inference_allowed_mirroring_axes: Any
         log_file: str
         local_rank: int
         is_ddp: bool
@@ -40,6 +46,7 @@ if TYPE_CHECKING:
         dataloader_val: Any
 
         def initialize(self) -> None: ...
+        def do_split(self) -> tuple[list[str], list[str]]: ...
         def get_dataloaders(self) -> tuple[Any, Any]: ...
         def on_train_start(self) -> None: ...
         def on_train_end(self) -> None: ...

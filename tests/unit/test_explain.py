@@ -417,6 +417,7 @@ def test_keys_are_unique_and_every_known_cause_is_tested() -> None:
         "safeloader-start",
         "safeloader-finite-loader",
         "safeloader-unpicklable",
+        "safeloader-export",
         "safeloader-bug",
     }
 
@@ -432,6 +433,7 @@ def test_keys_are_unique_and_every_known_cause_is_tested() -> None:
             "safeloader-finite-loader",
         ),
         ("safeloader.errors.BatchNotPicklableError: batch['f'] can't be sent to the trainer", "safeloader-unpicklable"),
+        ("safeloader.errors.ExportError: 1 of 12 jobs of the validation failed: the export", "safeloader-export"),
         ("safeloader.errors.InternalError: the supervisor failed", "safeloader-bug"),
         ("safeloader.errors.RestartLimitError: pool 'train' is given up: 4 x OOM kill while loading", "out-of-memory"),
     ],

@@ -63,6 +63,21 @@ CAUSES: Final = (
         signs=(Sign("BatchNotPicklableError: "),),
     ),
     Cause(
+        key="safeloader-export",
+        group="R3",
+        title="Not all predictions of the validation could be exported",
+        what=(
+            "Each was tried up to three times, and all others are done and kept. The quoted message says for each case "
+            "what its process died of, or which exception it raised."
+        ),
+        remedy=(
+            "Killed or out of memory: more memory, or fewer exports at a time (`nnUNet_def_n_proc=2`).",
+            "An exception: the traceback above the message is that of the first one.",
+            "Then the same command with `--val`: it makes only what is missing.",
+        ),
+        signs=(Sign("errors.ExportError: ", weight=Weight.WEAK),),
+    ),
+    Cause(
         key="safeloader-bug",
         group="",
         title="SafeLoader itself failed",
