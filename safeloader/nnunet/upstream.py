@@ -30,7 +30,6 @@ if TYPE_CHECKING:
         device: torch.device
         fold: int | str
         configuration_name: str
-        plans_manager: Any
         num_epochs: int
         num_iterations_per_epoch: int
         num_val_iterations_per_epoch: int
