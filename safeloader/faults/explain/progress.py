@@ -22,6 +22,8 @@ _ORDINARY: Final = (
     "Current learning rate",
     "Yayy!",
     "predicting ",
+    # What SafeLoader says of a failure that the training went on after, in that failure's own words.
+    "SafeLoader: torch.compile",
 )
 _OF_NNUNET: Final = (*_ORDINARY, "Desired fold", "This split has", "unpacking dataset", "lr: ", "do_dummy_2d")
 MAX_RUNS: Final = 100

@@ -8,13 +8,19 @@ from safeloader.faults.explain.model import ANY_ERROR, Cause, Sign
 
 _WITHOUT: Final = "Train without it at once: `nnUNet_compile=F nnUNetv2_train …` (slower on most GPUs, same results)."
 _SAFELOADER: Final = (
-    "This happens in the training process, where SafeLoader has no part: its workers go on and are not blamed for it."
+    "With a trainer of SafeLoader (`-tr nnUNetTrainerSafeLoader`), the same batch is computed again without "
+    "torch.compile, and training goes on."
 )
-_BUILDING: Final = (
+BUILDING: Final = (
     # Only while code is built: compiled code that fails later has frames of torch._inductor as well.
     r"_inductor[/\\](?:codegen|scheduler|graph|cpp_builder|cpu_vec_isa|async_compile|compile_worker)"
     r"|compile_fx\.py:(?:compile_fx|_?fx_codegen_and_compile|_compile_fx_inner|inner_compile|codegen_and_compile)"
     r"|triton[/\\](?:runtime[/\\]build|compiler|common[/\\]build)"
+)
+"""Frames, as `path:function`, that are there only while torch.compile builds code."""
+_CACHE: Final = (
+    r"_inductor[/\\](?:runtime[/\\]cache_dir_utils|codecache\.py:(?:write|write_atomic|cache_dir|_get_tmp_dir\w*)$)"
+    r"|triton[/\\]runtime[/\\]cache"
 )
 _WORDS: Final = (
     "nnU-Net compiles the network with torch.compile by default, at the first batch of the first epoch. Building the "
@@ -114,6 +120,46 @@ CAUSES: Final = (
         sources=("nnUNet#2203",),
     ),
     Cause(
+        key="compile-no-cache",
+        group="R1",
+        title="torch.compile can't write the folder in which it keeps what it builds",
+        what=f"{_WORDS}: the folder can't be made, can't be written, or its disk is full.",
+        remedy=(
+            _WITHOUT,
+            "Or name a folder that you may write, on a disk that has room: `export TORCHINDUCTOR_CACHE_DIR=FOLDER "
+            "TRITON_CACHE_DIR=FOLDER/triton` (without them: /tmp/torchinductor_USER and ~/.triton).",
+        ),
+        safeloader=_SAFELOADER,
+        signs=(Sign("[Errno ", regex=r"Error: \[Errno (?:1|2|13|17|20|28|30|122)\]", within=_CACHE),),
+    ),
+    Cause(
+        key="compile-old-gpu",
+        group="R1",
+        title="torch.compile needs a newer GPU",
+        what=f"{_WORDS}: Triton, which generates the GPU's code, needs one of compute capability 7.0 (Volta) or newer.",
+        remedy=(_WITHOUT, "Or train on a newer GPU: on this one nothing else helps."),
+        safeloader=_SAFELOADER,
+        signs=(Sign("GPUTooOldForTriton"), Sign("too old to be supported by the triton GPU compiler")),
+    ),
+    Cause(
+        key="compile-no-ptxas",
+        group="R1",
+        title="torch.compile could not assemble the GPU's code (ptxas)",
+        what=f"{_WORDS}: ptxas, the GPU's assembler, is not there, or does not know this GPU.",
+        remedy=(
+            _WITHOUT,
+            "Or install PyTorch again with the command of https://pytorch.org (its Triton brings a ptxas), or name "
+            "one of a CUDA that knows this GPU: `export TRITON_PTXAS_PATH=/usr/local/cuda/bin/ptxas`.",
+        ),
+        safeloader=_SAFELOADER,
+        signs=(
+            Sign("PTXASError"),
+            Sign("Cannot find ptxas"),
+            Sign("ptxas fatal"),
+            Sign("ptxas: ", regex=r"ptxas: (?:not found|No such file|Permission denied)"),
+        ),
+    ),
+    Cause(
         key="compile-failed",
         group="R1",
         title="torch.compile failed in the training process",
@@ -132,7 +178,7 @@ CAUSES: Final = (
             Sign("CalledProcessError", regex=r"/(?:gcc|cc|g\+\+|clang|ptxas|\w*cc\.sh)'|/main\.c'|cuda_utils"),
             Sign("torch._dynamo.exc."),
             Sign("triton.compiler.errors."),
-            Sign("Error", regex=ANY_ERROR, within=_BUILDING),
+            Sign("Error", regex=ANY_ERROR, within=BUILDING),
         ),
         sources=("nnUNet#2712", "nnUNet#1898", "nnUNet#2330"),
         unless=(
@@ -141,6 +187,9 @@ CAUSES: Final = (
             "compile-no-libcuda",
             "compile-no-triton",
             "compile-old-compiler",
+            "compile-no-cache",
+            "compile-old-gpu",
+            "compile-no-ptxas",
             "gpu-out-of-memory",
             "gpu-setup",
             "gpu-lost",
