@@ -72,7 +72,7 @@ def _places(holder: MutableMapping[str, Any], name: str) -> Iterator[tuple[Mutab
     elif inspect.isroutine(original):
         return
     for attribute, value in attributes.items():
-        if isinstance(value, nn.Module) or _original(value) is not value:
+        if attribute != _IN_PLACE and (isinstance(value, nn.Module) or _original(value) is not value):
             yield from _places(attributes, attribute)
 
 

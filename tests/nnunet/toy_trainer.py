@@ -78,7 +78,8 @@ class PlainTrainer:
     def perform_actual_validation(self, save_probabilities: bool = False) -> None: ...
 
     def train(self, steps: int = 3, *, first: int = 0) -> list[float]:
-        """The losses of `steps` training steps and a validation step."""
+        """The losses of `steps` training steps and a validation step; dropout begins with the same random numbers."""
+        torch.manual_seed(first)
         self.network.train()
         losses = [float(self.train_step(batch(number))["loss"]) for number in range(first, first + steps)]
         self.network.eval()

@@ -16,6 +16,7 @@ BUILDING: Final = (
     r"_inductor[/\\](?:codegen|scheduler|graph|cpp_builder|cpu_vec_isa|async_compile|compile_worker)"
     r"|compile_fx\.py:(?:compile_fx|_?fx_codegen_and_compile|_compile_fx_inner|inner_compile|codegen_and_compile)"
     r"|triton[/\\](?:runtime[/\\]build|compiler|common[/\\]build)"
+    r"|_dynamo[/\\]backends[/\\]common\.py:_wrapped_bw_compiler"
 )
 """Frames, as `path:function`, that are there only while torch.compile builds code."""
 _CACHE: Final = (
