@@ -26,7 +26,7 @@ from typing import Any, Final
 
 from safeloader.faults.explain import explain_text
 from safeloader.faults.explain.causes import BY_KEY
-from safeloader.faults.explain.causes.compiling import BUILDING, CAUSES
+from safeloader.faults.explain.causes.compiling import BUILDING, CACHE, CAUSES, WITHOUT
 from safeloader.faults.explain.model import Cause
 
 _COMPILERS: Final = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton")
@@ -35,13 +35,16 @@ _DEVICE_WORDS: Final = re.compile(
     r"(?:CUDA|HIP) (?:out of memory|error)|Triton Error \[\w+\]: (?:out of memory|an illegal)"
     r"|device-side assert|CUDNN_STATUS_|CUBLAS_STATUS_"
 )
-_BUILDING: Final = re.compile(BUILDING)
+_BUILDING: Final = re.compile(f"{BUILDING}|{CACHE}")
 _COMPILERS_ERROR: Final = re.compile(r"^.*\berror: .*$", re.MULTILINE)
+_WRAPPER: Final = re.compile(r"^torch\.[\w.]+: (?=\w+: )")
 _UNKNOWN: Final = BY_KEY["compile-failed"]
 _UNKNOWN_REMEDY: Final = (
     "To see the whole error: train with nnU-Net's own trainer, which it ends, and `TORCHDYNAMO_VERBOSE=1`"
 )
 _MAX_EVIDENCE_CHARS: Final = 240
+REPEATED: Final = "The same batch was computed again without it"
+NOT_COMPILED: Final = "The network is not compiled"
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,11 @@ class CompileFailure:
     evidence: str
     remedy: str
 
-    def line(self, where: str = "") -> str:
-        """One line for the log; `where` is added to the evidence, as in " in rank 1"."""
+    def line(self, where: str = "", did: str = REPEATED) -> str:
+        """One line for the log; `where` is added to the title, as in " in rank 1"; `did` is what was done."""
         return (
-            f"SafeLoader: {self.title}{where} ({self.evidence}). The same batch was computed again without it, and "
-            f"training goes on without it: same results, slower on most GPUs. {self.remedy}. To train without it from "
-            "the start: `export nnUNet_compile=f`"
+            f"SafeLoader: {self.title}{where} ({self.evidence}). {did}, and training goes on without it: same results, "
+            f"slower on most GPUs. {self.remedy}. To train without it from the start: `export nnUNet_compile=f`"
         )
 
 
@@ -77,7 +79,8 @@ def compile_failure(error: BaseException) -> CompileFailure | None:
     found = next((f for f in (diagnosis.primary, *diagnosis.further) if f.cause in CAUSES), None)
     if found is None or found.cause is _UNKNOWN:
         return CompileFailure(_UNKNOWN.title, _shortened(_said(chain[-1])), _UNKNOWN_REMEDY)
-    return CompileFailure(found.cause.title, _shortened(found.evidence[0].text), _remedy(found.cause))
+    evidence = _WRAPPER.sub("", found.evidence[0].text.strip())
+    return CompileFailure(found.cause.title, _shortened(evidence), _remedy(found.cause))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -125,6 +128,6 @@ def _shortened(text: str) -> str:
 
 
 def _remedy(cause: Cause) -> str:
-    """What the catalogue says after its first step, which is to train without the compiler."""
-    text = " ".join(cause.remedy[1:]).removeprefix("Or ").rstrip(".")
+    """What the catalogue says, but for the step that has been taken: to train without the compiler."""
+    text = " ".join(step for step in cause.remedy if step != WITHOUT).removeprefix("Or ").rstrip(".")
     return f"To have it: {text[:1].lower()}{text[1:]}"

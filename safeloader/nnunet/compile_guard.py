@@ -26,8 +26,8 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from safeloader.nnunet.before_step import BeforeStep
-from safeloader.nnunet.compile_causes import compile_failure
+from safeloader.nnunet.before_step import BeforeStep, Draws
+from safeloader.nnunet.compile_causes import NOT_COMPILED, compile_failure
 from safeloader.nnunet.compile_vote import Ballot, CompileRefusedError
 from safeloader.nnunet.compiled import Forward, answered, eager, is_compiled, optimized_modules
 from safeloader.nnunet.loaders import namespaces, replaced
@@ -47,20 +47,42 @@ class CompileGuard(Trainer):
     _guarding: bool | None = None  # whether anything is compiled; None before the first step
     _uncompiled = False  # whether the training went back from torch.compile
     _ballot: Ballot | None = None
+    _untold_failure: str | None = None  # what the report does not have yet
 
     def initialize(self) -> None:
-        """Have nnU-Net build network and loss; if it compiles them, with one thread, as it intends."""
-        super().initialize()
+        """Have nnU-Net build network and loss; if it compiles them, with one thread, as it intends.
+
+        Nothing is compiled here yet, but `torch.compile` looks around: it fails where its cache can't be written, and
+        on a Python that it does not know. Then they are built again, with the same random weights.
+        """
+        draws = Draws.so_far(self.device)
+        failure = None
+        try:
+            super().initialize()
+        except Exception as error:
+            failure = compile_failure(error)
+            if failure is None or self.was_initialized:
+                raise
+        if failure is not None:
+            draws.go_on()
+            self._compile_no_more()
+            super().initialize()
+            self._tell_uncompiled(failure.line(did=NOT_COMPILED))
         if is_compiled(self.network) or is_compiled(self.loss):
             compile_with_one_thread()
 
+    def on_train_start(self) -> None:
+        """Begin; from here on there is a report."""
+        super().on_train_start()
+        self._report_uncompiled()
+
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Train on one batch, without torch.compile if that fails."""
-        return self._guarded(super().train_step, batch)
+        return self._guarded_step(super().train_step, batch)
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Validate on one batch, without torch.compile if that fails."""
-        return self._guarded(super().validation_step, batch)
+        return self._guarded_step(super().validation_step, batch)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Predict the validation cases; where torch.compile fails, the same patch is predicted without it."""
@@ -71,7 +93,7 @@ class CompileGuard(Trainer):
                     stack.enter_context(replaced(namespace, {_PREDICTOR: predictor}))
             super().perform_actual_validation(save_probabilities)
 
-    def _guarded(self, step: Callable[[dict[str, Any]], dict[str, Any]], batch: dict[str, Any]) -> dict[str, Any]:
+    def _guarded_step(self, step: Callable[[dict[str, Any]], dict[str, Any]], batch: dict[str, Any]) -> dict[str, Any]:
         if self._guarding is None:
             self._guarding = is_compiled(self.network) or is_compiled(self.loss)
         if not self._guarding:
@@ -86,9 +108,9 @@ class CompileGuard(Trainer):
                 raise
         # Outside of the handler: with the exception its traceback is gone, and with it the memory of the failed step.
         before.restore()
-        self._go_back()
+        self._back_to_eager()
         outputs = step(batch)
-        self._tell(line)
+        self._tell_uncompiled(line)
         return outputs
 
     def _votes(self) -> AbstractContextManager[None]:
@@ -106,16 +128,19 @@ class CompileGuard(Trainer):
         # Under DDP the others can't be asked here: see `compile_vote.py`.
         return None if failure is None or self.is_ddp or not before.can_be_repeated else failure.line()
 
-    def _go_back(self) -> None:
+    def _back_to_eager(self) -> None:
         """Take torch.compile out of the network and the loss; the same parameters stay with the same optimizer."""
         self.network, self.loss = eager(self.network), eager(self.loss)
-        self._guarding, self._uncompiled = False, True
-        # On the instance: the classes in front of this one may have a method of their own.
-        vars(self)["_do_i_compile"] = _never
+        self._compile_no_more()
         if self.is_ddp and hasattr(self.loss, "weight_factors"):
             # Without torch.compile, DDP needs a gradient from every output of the network: nnU-Net then gives the
             # coarsest one a tiny weight in place of none.
             self.loss.weight_factors = self._build_loss().weight_factors
+
+    def _compile_no_more(self) -> None:
+        self._guarding, self._uncompiled = False, True
+        # On the instance: the classes in front of this one may have a method of their own.
+        vars(self)["_do_i_compile"] = _never
 
     def _for_prediction(self, network: Any, stack: ExitStack) -> Any:
         """The network that a predictor of ours should use; until `stack` ends, each call of it is answered."""
@@ -137,18 +162,23 @@ class CompileGuard(Trainer):
                 failure = compile_failure(error)
                 if failure is None:
                     raise
-            self._go_back()
+            self._back_to_eager()
             outputs = part._orig_mod(*args, **kwargs)
-            self._tell(failure.line())
+            self._tell_uncompiled(failure.line())
             return outputs
 
         return forward
 
-    def _tell(self, line: str) -> None:
+    def _tell_uncompiled(self, line: str) -> None:
         self.print_to_log_file(line)
-        if self._safeloader is not None:
+        self._untold_failure = line
+        self._report_uncompiled()
+
+    def _report_uncompiled(self) -> None:
+        if self._untold_failure is not None and self._safeloader is not None:
             with suppress(OSError):  # a report is not worth a training, and the log has the line
-                self._safeloader.note("compile-failed", line, epoch=self.current_epoch)
+                self._safeloader.note("compile-failed", self._untold_failure, epoch=self.current_epoch)
+            self._untold_failure = None
 
 
 def compile_with_one_thread() -> None:

@@ -41,6 +41,7 @@ class PlainTrainer:
     train_step = nnUNetTrainer.train_step
     validation_step = nnUNetTrainer.validation_step
     _build_loss = nnUNetTrainer._build_loss
+    was_initialized = False
 
     def __init__(
         self, norm: type[nn.Module] = nn.BatchNorm2d, *, backend: Any = None, loss_backend: Any = None
