@@ -4,6 +4,8 @@
     trainer.py    nnUNetTrainerSafeLoader = the mixin + nnUNetTrainer
     upstream.py   what our mixins use of nnU-Net's trainer, for the type checker
     loaders.py    makes the stock get_dataloaders build our augmenter
+    compile_guard.py   CompileGuard: torch.compile may fail; with compile_causes.py (did it, and why), compiled.py (what
+                       it was put around), before_step.py (a step taken back), compile_vote.py (DDP: all ranks or none)
     record.py     what the training log and safeloader_report.json say
     install.py    puts shim/ where nnU-Net looks for trainers
     shim/         the module of a few lines that leads nnU-Net to the trainer
