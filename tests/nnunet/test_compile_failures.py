@@ -35,11 +35,15 @@ def _a_fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     monkeypatch.setattr(tqdm, "monitor_interval", 0)  # inductor draws a progress bar, which would start a thread
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    # One thread: several spin while they wait for each other, and take the cores from g++ and from other tests.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     _forget()
     # The CPU's vector instructions are taken on trust: to try them is half a minute of g++.
     with inductor.patch({"compile_threads": 1, "cpp.vec_isa_ok": True}):
         yield
     _forget()
+    torch.set_num_threads(threads)
 
 
 def _forget() -> None:
