@@ -6,6 +6,8 @@
     validation.py a validation whose processes may die; export/ is its pool
     cascade.py    finds the results of a cascade's first stage
     loaders.py    makes the stock get_dataloaders build our augmenter
+    compile_guard.py   CompileGuard: torch.compile may fail; with compile_causes.py (did it, and why), compiled.py (what
+                       it was put around), before_step.py (a step taken back), compile_vote.py (DDP: all ranks or none)
     record.py     what the training log and safeloader_report.json say
     history.py    safeloader_epochs.jsonl: a line per epoch, for `safeloader report`
     install.py    puts shim/ where nnU-Net looks for trainers

@@ -21,6 +21,7 @@ from torch import distributed
 from safeloader.config import resolve
 from safeloader.faults.cpus import available_cpus
 from safeloader.nnunet.cascade import CascadeFolders
+from safeloader.nnunet.compile_guard import CompileGuard
 from safeloader.nnunet.history import KeepsHistory, epochs_file
 from safeloader.nnunet.loaders import LOADERS, LoaderFactory, pool_name, safe_loaders
 from safeloader.nnunet.preserve import PreserveMixin
@@ -33,14 +34,12 @@ from safeloader.pool.seeding import root_seed
 from safeloader.report.audit import audit_file
 
 
-class SafeLoaderMixin(PreserveMixin, SurvivingValidation, CascadeFolders, KeepsHistory):
+class SafeLoaderMixin(PreserveMixin, CompileGuard, SurvivingValidation, CascadeFolders, KeepsHistory):
     """Mixed in before an nnU-Net trainer class: dead workers are replaced instead of ending the training.
 
     Checkpoints carry the base trainer's name, because the network is the base trainer's: a model trained with
     SafeLoader is used for prediction on a machine that has only nnU-Net.
     """
-
-    _safeloader: TrainingRecord | None = None
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Nnu-Net's own loaders, with our augmenter around them.

@@ -70,6 +70,8 @@ class TrainingRecord:
         self._started = _now()
         self._told = dict.fromkeys(loaders, 0)
         self._earlier = _earlier_runs(path) if about.first_epoch > 0 else []
+        self._notes: list[dict[str, Any]] = []
+        self._outcome = "running"
         self.ended = False
 
     def states(self) -> StreamStates | None:
@@ -132,6 +134,20 @@ class TrainingRecord:
                 )
         return [*lines, f"SafeLoader: the report is {self._path}"]
 
+    def note(self, kind: str, text: str, *, epoch: int | None = None) -> None:
+        """Keep in the report that something happened to the training itself, and write it.
+
+        Args:
+            kind: What it was, for programs: "compile-failed".
+            text: The same in words: the line in the log.
+            epoch: When, from 0; None outside of epochs.
+
+        Raises:
+            OSError: The file can't be written.
+        """
+        self._notes.append({"time": _now(), "epoch": epoch, "kind": kind, "text": text})
+        self.write(self._outcome)
+
     def close(self) -> None:
         """Stop all workers. Safe to call again."""
         for loader in self._loaders.values():
@@ -146,12 +162,14 @@ class TrainingRecord:
         Raises:
             OSError: The file can't be written.
         """
+        self._outcome = outcome
         state = {
             **vars(self._about),
             "outcome": outcome,
             "started": self._started,
             "written": _now(),
             "loaders": {name: _brief(loader.report()) for name, loader in self._loaders.items()},
+            "notes": self._notes,  # after the loaders, by which `safeloader explain` knows the file
             "earlier_runs": self._earlier,
         }
         write_atomically(self._path, json.dumps(state, indent=2) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from safeloader import Incident, Report
+from safeloader.faults.explain.incident_files import is_incidents, summarize
 from safeloader.nnunet.record import About, TrainingRecord, report_path
 
 QUIET = Report(
@@ -141,6 +143,23 @@ def test_the_file_has_every_incident(train: Loader, tmp_path: Path) -> None:
     assert "stacks" not in state["loaders"]["train"]["incidents"][0], "those are in the file of incidents"
     assert (state["outcome"], state["trainer"], state["rank"]) == ("running", "nnUNetTrainerSafeLoader", 0)
     assert state["loaders"]["train"]["incidents"][0]["signal"] == "SIGSEGV"
+
+
+def test_notes_are_in_the_file_at_once_and_change_no_outcome(train: Loader, tmp_path: Path) -> None:
+    record = record_of(tmp_path, train=train)
+    record.note("compile-failed", "torch.compile failed", epoch=3)
+    assert written(tmp_path)["outcome"] == "running"
+    record.write("finished")
+    record.note("export", "a case was exported again")
+    state = written(tmp_path)
+    assert state["outcome"] == "finished"
+    assert [(note["kind"], note["text"], note["epoch"]) for note in state["notes"]] == [
+        ("compile-failed", "torch.compile failed", 3),
+        ("export", "a case was exported again", None),
+    ]
+    summary = summarize(io.BytesIO((tmp_path / "safeloader_report.json").read_bytes()), b'{"loaders": {}}')
+    assert summary.outcome == "finished"
+    assert is_incidents((tmp_path / "safeloader_report.json").read_bytes())
 
 
 def test_each_rank_has_a_file_of_its_own(tmp_path: Path) -> None:

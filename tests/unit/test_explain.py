@@ -47,6 +47,9 @@ SOURCES = {
     "pasted_without_indentation": "nnUNet#1533, as it was pasted",
     "compile_no_triton": "nnUNet#2115",
     "compile_old_gcc": "nnUNet#2203",
+    "compile_no_cache": "made here: TORCHINDUCTOR_CACHE_DIR names a file",
+    "compile_old_gpu": "inductor's own words, in the frame of nnUNet#2115",
+    "compile_no_ptxas": "Triton's own words, in the frame of nnUNet#2115",
     "compile_failed_generic": "nnUNet#2330",
     "label_assert_gpu": "nnUNet#1674",
     "label_out_of_range_cpu": "made here: a transform that makes label 5 of 3 classes",
@@ -136,6 +139,9 @@ ROWS = [
     Row("pasted_without_indentation", "compile-no-libcuda", (11,), ("nnUNet_compile=F",)),
     Row("compile_no_triton", "compile-no-triton", (20,), ("nnUNet_compile=F", "pytorch.org")),
     Row("compile_old_gcc", "compile-old-compiler", (9,), ("module load gcc",)),
+    Row("compile_no_cache", "compile-no-cache", (19,), ("TORCHINDUCTOR_CACHE_DIR",)),
+    Row("compile_old_gpu", "compile-old-gpu", (17,), ("nnUNet_compile=F", "newer GPU")),
+    Row("compile_no_ptxas", "compile-no-ptxas", (17, 19), ("nnUNet_compile=F", "TRITON_PTXAS_PATH")),
     Row("compile_failed_generic", "compile-failed", (22,), ("nnUNet_compile=F",)),
     Row("label_assert_gpu", "label-out-of-range", (8, 10), ("--verify_dataset_integrity",)),
     Row("label_out_of_range_cpu", "label-out-of-range", (49,), ("dataset.json",)),
@@ -314,6 +320,25 @@ def test_a_finished_training_has_no_cause(log: str) -> None:
 def test_what_safeloader_replaced_is_noted() -> None:
     (note,) = diagnose("survived_with_safeloader").notes
     assert note.startswith("SafeLoader replaced 1 worker meanwhile")
+
+
+FELL_BACK = (
+    "2025-11-23 12:11:33.650000: SafeLoader: torch.compile found no C or C++ compiler (InvalidCxxCompiler: No working "
+    "C++ compiler found). The same batch was computed again without it, and training goes on without it\n"
+)
+
+
+@pytest.mark.parametrize("log", ["healthy", "gpu_out_of_memory", "trainer_segfault", "exception_in_trainer"])
+def test_a_failure_of_torch_compile_that_safeloader_trained_on_after_is_no_cause(log: str) -> None:
+    text = (LOGS / f"{log}.txt").read_text()
+    without, epoch = explain_text(text), re.search(r"^.*: Epoch 0\n", text, re.MULTILINE)
+    assert epoch is not None
+    diagnosis = explain_text(text[: epoch.end()] + FELL_BACK + text[epoch.end() :])
+    assert diagnosis.primary.cause is without.primary.cause
+    assert not any(finding.cause.key.startswith("compile-") for finding in diagnosis.further)
+    assert [note for note in diagnosis.notes if note not in without.notes] == [
+        f"torch.compile failed (line {text[: epoch.end()].count(chr(10)) + 1}), and SafeLoader trained on without it."
+    ]
 
 
 def test_a_training_cut_off_in_validation_is_not_called_finished() -> None:

@@ -13,6 +13,8 @@ from typing import Final
 
 from safeloader.faults.explain.model import Line
 
+# What SafeLoader says of a failure that the training went on after, in that failure's own words.
+_UNCOMPILED: Final = "SafeLoader: torch.compile"
 # What nnU-Net says in every epoch, and what needs no second look.
 _ORDINARY: Final = (
     "Epoch ",
@@ -22,6 +24,7 @@ _ORDINARY: Final = (
     "Current learning rate",
     "Yayy!",
     "predicting ",
+    _UNCOMPILED,
 )
 _OF_NNUNET: Final = (*_ORDINARY, "Desired fold", "This split has", "unpacking dataset", "lr: ", "do_dummy_2d")
 MAX_RUNS: Final = 100
@@ -47,6 +50,7 @@ class Run:
         last_time: Of the last line that has a time.
         trained_line: Which line said that training is done, or 0.
         epoch_lines: Which lines said that one of the last two epochs was completed.
+        uncompiled_line: Which line said that the training goes on without torch.compile, or 0.
     """
 
     epoch: int | None = None
@@ -58,6 +62,7 @@ class Run:
     last_time: datetime | None = None
     trained_line: int = 0
     epoch_lines: list[int] = field(default_factory=list)
+    uncompiled_line: int = 0
 
     def survived(self, number: int) -> bool:
         """Whether the training went on after line `number`.
@@ -110,6 +115,8 @@ class Progress:
             run.trained, run.trained_line = True, line.number
         elif words.startswith("Validation complete"):
             run.validated = True
+        elif words.startswith(_UNCOMPILED):
+            run.uncompiled_line = line.number
         elif words.startswith("predicting "):
             run.validating = words.removeprefix("predicting ").strip()
 

@@ -153,6 +153,8 @@ def _notes(verdict: _Judged, observed: Observed, run: Run, *, later: list[_Judge
     for finding in verdict.survived:
         line = finding.evidence[0]
         notes.append(f"Line {line.number} is a sign of {finding.cause.key}, but the training went on after it.")
+    if run.uncompiled_line:
+        notes.append(f"torch.compile failed (line {run.uncompiled_line}), and SafeLoader trained on without it.")
     if observed.replaced:
         workers = "1 worker" if observed.replaced == 1 else f"{observed.replaced} workers"
         notes.append(
