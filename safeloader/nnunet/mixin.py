@@ -21,7 +21,7 @@ from torch import distributed
 
 from safeloader.config import resolve
 from safeloader.faults.cpus import available_cpus
-from safeloader.nnunet.loaders import LOADERS, LoaderFactory, pool_name, safe_loaders
+from safeloader.nnunet.loaders import LOADERS, LoaderFactory, pool_name, safe_loaders, unprotected
 from safeloader.nnunet.record import About, TrainingRecord, put_aside, report_path
 from safeloader.nnunet.resume import NoStateError, StreamStates, recall, remember
 from safeloader.nnunet.upstream import Trainer
@@ -42,7 +42,7 @@ class SafeLoaderMixin(Trainer):
     _continued: Path | None = None  # the checkpoint that this training goes on from
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """Nnu-Net's own loaders, with our augmenter around them.
+        """Nnu-Net's own loaders, with our augmenter around them; a line in the log if that is not possible.
 
         `nnUNet_n_proc_DA` is obeyed, 0 stays single-threaded; more workers than there are CPUs for this process
         are lowered to that number, and the training log says so. It also says if a transform would choose what it
@@ -59,6 +59,9 @@ class SafeLoaderMixin(Trainer):
         with safe_loaders(type(self), factory, cpus, self.print_to_log_file):
             loaders = super().get_dataloaders()
             factory.go_on()
+        warning = unprotected(loaders)
+        if warning is not None:
+            self.print_to_log_file(warning)
         if factory.built:
             self.print_to_log_file(f"SafeLoader: {_stream_line(seed, states)}")
         about = About(type(self).__name__, self.local_rank, self.current_epoch, cpus.reason)
