@@ -116,7 +116,11 @@ class TrainingRecord:
     def summary(self) -> list[str]:
         """One line per loader, and one that names the file."""
         if not self._loaders:
-            return ["SafeLoader: batches were made in the training process itself (nnUNet_n_proc_DA=0)"]
+            in_here = os.environ.get("nnUNet_n_proc_DA") == "0"  # noqa: SIM112 - nnU-Net's spelling
+            way = (
+                "in the training process itself (nnUNet_n_proc_DA=0)" if in_here else "without workers of SafeLoader's"
+            )
+            return [f"SafeLoader: batches were made {way}"]
         lines = []
         for name, loader in self._loaders.items():
             report = loader.report()
