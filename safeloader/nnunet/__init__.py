@@ -2,11 +2,13 @@
 
     mixin.py      SafeLoaderMixin: what a trainer gets from us; works before any nnU-Net trainer class
     trainer.py    nnUNetTrainerSafeLoader = the mixin + nnUNetTrainer
+    named.py      the mixin + any other trainer, by name
+    versions.py   which nnU-Net this works with
     upstream.py   what our mixins use of nnU-Net's trainer, for the type checker
-    loaders.py    makes the stock get_dataloaders build our augmenter
+    loaders.py    makes the stock get_dataloaders build our augmenters
     record.py     what the training log and safeloader_report.json say
     install.py    puts shim/ where nnU-Net looks for trainers
-    shim/         the module of a few lines that leads nnU-Net to the trainer
+    shim/         the module of a few lines that leads nnU-Net to the trainers
     brain.py workspace.py short.py    a small dataset and short trainings on it, for the demo and the tests
 
 Only this package imports nnunetv2, and only `trainer.py` does so on import.

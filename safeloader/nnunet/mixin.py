@@ -24,14 +24,14 @@ from safeloader.faults.cpus import available_cpus
 from safeloader.nnunet.loaders import LOADERS, LoaderFactory, pool_name, safe_loaders, unprotected
 from safeloader.nnunet.record import About, TrainingRecord, put_aside, report_path
 from safeloader.nnunet.resume import NoStateError, StreamStates, recall, remember
-from safeloader.nnunet.upstream import Trainer
+from safeloader.nnunet.versions import VersionCheck
 from safeloader.pool import blur
 from safeloader.pool.book import INCIDENTS_FILE
 from safeloader.pool.seeding import root_seed
 from safeloader.report.audit import audit_file
 
 
-class SafeLoaderMixin(Trainer):
+class SafeLoaderMixin(VersionCheck):
     """Mixed in before an nnU-Net trainer class: dead workers are replaced instead of ending the training.
 
     Checkpoints carry the base trainer's name, because the network is the base trainer's: a model trained with
