@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import logging
 import os
 import pickle
@@ -15,11 +16,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from safeloader.errors import ConfigError
 from safeloader.nnunet.install import SHIM_FOLDER
 from safeloader.nnunet.mixin import SafeLoaderMixin, checkpoint_trainer_name
 from safeloader.nnunet.named import base_names
+from tests.nnunet.conftest import MakeTrainer
 
 USERS = """
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -105,8 +108,7 @@ def test_each_trainer_of_nnunets_is_found_with_safeloader_behind_its_name(
     assert len(trainers) > 50
     for base in trainers:
         found = getattr(nnunet, base.__name__ + "SafeLoader")
-        assert found.__mro__[1:3] == (SafeLoaderMixin, base) or base.__name__ == "nnUNetTrainer", base
-        assert issubclass(found, base)
+        assert found.__bases__ == (SafeLoaderMixin, base)
         assert checkpoint_trainer_name(found) == base.__name__
 
 
@@ -126,7 +128,8 @@ def test_each_trainer_of_nnunets_is_found_with_safeloader_behind_its_name(
 )
 def test_irregular_names_and_users_own(find: Any, asked: str, base: str) -> None:
     found = find(asked)
-    assert (found.__name__, found.__mro__[1], found.__mro__[2].__name__) == (asked, SafeLoaderMixin, base)
+    assert found.__name__ == asked
+    assert [cls.__name__ for cls in found.__bases__] == ["SafeLoaderMixin", base]
     assert checkpoint_trainer_name(found) == base
     assert find(asked) is found, "always the same class"
 
@@ -142,7 +145,7 @@ def test_a_name_that_may_mean_two_is_refused_and_both_spellings_are_given(find: 
         r"My_TrainerSafeLoader or MyTrainerSafeLoader$",
     ):
         find("My_SafeLoader_Trainer")
-    assert find("My_TrainerSafeLoader").__mro__[2].__name__ == "My_Trainer"
+    assert find("My_TrainerSafeLoader").__bases__[1].__name__ == "My_Trainer"
 
 
 def test_a_class_that_the_user_has_written_is_not_hidden_by_ours(find: Any) -> None:
@@ -182,10 +185,27 @@ def test_other_names_are_not_our_business(nnunet: ModuleType) -> None:
         _ = nnunet.nnUNetTrainerDA6
 
 
+def test_a_checkpoint_predicts_with_nnunets_own_class(
+    nnunet: ModuleType, make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    monkeypatch.delenv("nnUNet_extTrainer", raising=False)
+    trainer = make_trainer(nnunet.nnUNetTrainerSafeLoader_NoMirroring)
+    folder = Path(trainer.output_folder_base)
+    assert folder.name == "nnUNetTrainerSafeLoader_NoMirroring__nnUNetPlans__3d_small"
+    trainer.save_checkpoint(str(folder / "fold_0" / "checkpoint_final.pth"))
+    for name, content in (("plans", trainer.plans_manager.plans), ("dataset", trainer.dataset_json)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    predictor = nnUNetPredictor(device=torch.device("cpu"))
+    predictor.initialize_from_trained_model_folder(str(folder), (0,), "checkpoint_final.pth")
+    assert predictor.trainer_name == "nnUNetTrainerNoMirroring"
+
+
 RANK = """
 import pickle, sys
 cls = pickle.load(sys.stdin.buffer)
-print(cls.__name__, *(base.__name__ for base in cls.__mro__[1:3]))
+print(cls.__name__, *(base.__name__ for base in cls.__bases__))
 """
 
 

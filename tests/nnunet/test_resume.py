@@ -84,7 +84,7 @@ def test_a_training_that_begins_says_its_seed(make_trainer: MakeTrainer, workspa
 def test_a_get_dataloaders_that_draws_another_number_of_batches_goes_on_as_well(
     left: tuple[Path, list[list[Any]]], make_trainer: MakeTrainer, workspace: Workspace, nnunet: Any
 ) -> None:
-    class DrawsTwo(nnunet.nnUNetTrainerSafeLoader.__mro__[2]):
+    class DrawsTwo(nnunet.nnUNetTrainerSafeLoader.__bases__[1]):
         def get_dataloaders(self) -> Any:
             loaders = super().get_dataloaders()
             for loader in loaders:

@@ -41,7 +41,7 @@ class TestLoaders:
     ) -> None:
         monkeypatch.setenv("nnUNet_n_proc_DA", "1")
         trainer = make_trainer()
-        namespace = type(trainer).__mro__[2].get_dataloaders.__globals__
+        namespace = type(trainer).__bases__[1].get_dataloaders.__globals__
         before = dict(namespace)
         trainer.get_dataloaders()
         assert namespace == before
