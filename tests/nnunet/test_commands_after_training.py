@@ -87,12 +87,12 @@ class Trained:
     dice: float
 
 
+def summary_of(output: Path) -> Path:
+    return output / "validation" / "summary.json"
+
+
 def dice_in(output: Path) -> float:
-    """Nnu-Net's own result; taken away, so that the next one is a new one."""
-    summary = output / "validation" / "summary.json"
-    found = float(json.loads(summary.read_text())["foreground_mean"]["Dice"])
-    summary.unlink()
-    return found
+    return float(json.loads(summary_of(output).read_text())["foreground_mean"]["Dice"])
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +111,13 @@ def test_its_workers_were_ours(trained: Trained) -> None:
 
 @pytest.mark.parametrize("options", [["--val"], ["--c"]])
 def test_a_finished_training_is_validated_again(options: list[str], safe: Machine, trained: Trained) -> None:
+    summary_of(trained.output).unlink(missing_ok=True)
     safe.train(TRAINER, *options, "--npz")
     assert dice_in(trained.output) == trained.dice
 
 
 def test_the_best_checkpoint_is_validated(safe: Machine, trained: Trained) -> None:
+    summary_of(trained.output).unlink(missing_ok=True)
     safe.train(TRAINER, "--val", "--val_best", "--npz")
     assert dice_in(trained.output) >= 0
 
@@ -132,7 +134,6 @@ def test_pretrained_weights_for_nnunets_own_trainer(stock: Machine, trained: Tra
 
 
 def test_the_best_configuration_is_found(safe: Machine, trained: Trained) -> None:
-    safe.train(TRAINER, "--val", "--npz")
     dataset = safe.workspace.dataset
     printed = safe.run("nnUNetv2_find_best_configuration", dataset, *CHOSEN, "--disable_ensembling", "-np", "1")
     assert f"nnUNetv2_predict -d {dataset} -i INPUT_FOLDER -o OUTPUT_FOLDER -f  0 -tr {TRAINER}" in printed
