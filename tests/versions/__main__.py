@@ -21,6 +21,9 @@ from typing import Any
 CHECKOUT = Path(__file__).parents[2]
 OLDEST_BATCHGENERATORS = {"2.5.2": "0.25", "2.6.4": "0.25.1", "2.7.0": "0.25.1", "2.8.1": "0.25.1"}
 """What each version's own metadata allow."""
+BESIDE = {"2.5.2": ["torch<2.7", "torchvision"]}
+"""What a version needs and its metadata don't say: the schedule of 2.5.2 hands torch's LRScheduler an argument that is
+no longer there, whatever the trainer."""
 COLUMNS = ("nnunetv2", "batchgenerators", "batchgeneratorsv2", "torch", "numpy", "python")
 MEASURED = ("outcome", "batches", "kills", "workers replaced", "Dice")
 
@@ -74,7 +77,7 @@ def environment(version: str, folder: Path) -> Path:
     if not python.exists():
         say(f"nnunetv2 {version}: making {home}")
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-    pip(python, f"nnunetv2=={version}", "nilearn", "matplotlib", "rich", str(CHECKOUT))
+    pip(python, f"nnunetv2=={version}", *BESIDE.get(version, []), "nilearn", "matplotlib", "rich", str(CHECKOUT))
     # The same version number is no reason for pip to take the checkout as it is now.
     pip(python, "--no-deps", "--force-reinstall", str(CHECKOUT))
     return python
