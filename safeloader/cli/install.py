@@ -10,13 +10,15 @@ from safeloader.nnunet.install import Change, Outcome, export_line, install, uni
 
 
 class Install(Command):
-    """Let nnU-Net find the trainer nnUNetTrainerSafeLoader.
+    """Let nnU-Net find the trainer nnUNetTrainerSafeLoader, and SafeLoader before any other trainer.
 
     Writes one file of a few lines into the folder nnunetv2/training/nnUNetTrainer/variants of the installed nnU-Net.
     Calling it again changes nothing; call it again after nnU-Net was updated. Where that folder is read-only, it
     prints the line for your shell that does the same without writing anything (nnU-Net 2.8.0 and later).
 
     Afterwards: nnUNetv2_train DATASET CONFIGURATION FOLD -tr nnUNetTrainerSafeLoader
+    or, for a trainer of another name, that name with SafeLoader behind it: -tr nnUNetTrainer_250epochsSafeLoader
+    (or nnUNetTrainerSafeLoader_250epochs).
     """
 
     name = "install"

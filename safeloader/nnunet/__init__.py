@@ -2,16 +2,18 @@
 
     mixin.py      SafeLoaderMixin: what a trainer gets from us; works before any nnU-Net trainer class
     trainer.py    nnUNetTrainerSafeLoader = the mixin + nnUNetTrainer
+    named.py      the mixin + any other trainer, by name
+    versions.py   which nnU-Net this works with
     upstream.py   what our mixins use of nnU-Net's trainer, for the type checker
     validation.py a validation whose processes may die; export/ is its pool
     cascade.py    finds the results of a cascade's first stage
-    loaders.py    makes the stock get_dataloaders build our augmenter
+    loaders.py    makes the stock get_dataloaders build our augmenters
     compile_guard.py   CompileGuard: torch.compile may fail; with compile_causes.py (did it, and why), compiled.py (what
                        it was put around), before_step.py (a step taken back), compile_vote.py (DDP: all ranks or none)
     record.py     what the training log and safeloader_report.json say
     history.py    safeloader_epochs.jsonl: a line per epoch, for `safeloader report`
     install.py    puts shim/ where nnU-Net looks for trainers
-    shim/         the module of a few lines that leads nnU-Net to the trainer
+    shim/         the module of a few lines that leads nnU-Net to the trainers
     brain.py workspace.py short.py    a small dataset and short trainings on it, for the demo and the tests
 
 Only this package imports nnunetv2, and only `trainer.py` does so on import.

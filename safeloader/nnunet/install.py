@@ -1,4 +1,4 @@
-"""Puts the shim where nnU-Net looks for trainers, so that `-tr nnUNetTrainerSafeLoader` finds ours.
+"""Puts the shim where nnU-Net looks for trainers, so that `-tr nnUNetTrainerSafeLoader…` finds ours.
 
 nnU-Net searches its own package, and from 2.8.0 on also the folders that `nnUNet_extTrainer` names. The shim goes
 into nnU-Net's `variants` folder; where that is read-only, the environment variable does the same without a copy.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from safeloader.errors import ConfigError
+from safeloader.nnunet.versions import refuse_old
 
 SHIM_FOLDER: Final = Path(__file__).parent / "shim"
 """For `nnUNet_extTrainer`."""
@@ -47,14 +48,15 @@ def variants_folder() -> Path:
     """Where the installed nnU-Net keeps trainer variants.
 
     Raises:
-        ConfigError: nnU-Net is not installed for this Python, or has no such folder.
+        ConfigError: nnU-Net is not installed for this Python, is too old, or has no such folder.
     """
     spec = importlib.util.find_spec("nnunetv2")
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError("nnU-Net is not installed for this Python: pip install nnunetv2")
+    refuse_old()
     folder = Path(spec.submodule_search_locations[0]) / "training" / "nnUNetTrainer" / "variants"
     if not folder.is_dir():
-        raise ConfigError(f"this nnU-Net has no folder {folder}: SafeLoader needs nnunetv2 2.0 or later")
+        raise ConfigError(f"this nnU-Net has no folder {folder}: is it nnunetv2?")
     return folder
 
 

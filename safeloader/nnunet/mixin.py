@@ -23,18 +23,19 @@ from safeloader.faults.cpus import available_cpus
 from safeloader.nnunet.cascade import CascadeFolders
 from safeloader.nnunet.compile_guard import CompileGuard
 from safeloader.nnunet.history import KeepsHistory, epochs_file
-from safeloader.nnunet.loaders import LOADERS, LoaderFactory, pool_name, safe_loaders
+from safeloader.nnunet.loaders import LOADERS, LoaderFactory, pool_name, safe_loaders, unprotected
 from safeloader.nnunet.preserve import PreserveMixin
 from safeloader.nnunet.record import About, TrainingRecord, put_aside, report_path
 from safeloader.nnunet.resume import NoStateError, StreamStates, recall
 from safeloader.nnunet.validation import SurvivingValidation
+from safeloader.nnunet.versions import VersionCheck
 from safeloader.pool import blur
 from safeloader.pool.book import INCIDENTS_FILE
 from safeloader.pool.seeding import root_seed
 from safeloader.report.audit import audit_file
 
 
-class SafeLoaderMixin(PreserveMixin, CompileGuard, SurvivingValidation, CascadeFolders, KeepsHistory):
+class SafeLoaderMixin(VersionCheck, PreserveMixin, CompileGuard, SurvivingValidation, CascadeFolders, KeepsHistory):
     """Mixed in before an nnU-Net trainer class: dead workers are replaced instead of ending the training.
 
     Checkpoints carry the base trainer's name, because the network is the base trainer's: a model trained with
@@ -42,7 +43,7 @@ class SafeLoaderMixin(PreserveMixin, CompileGuard, SurvivingValidation, CascadeF
     """
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """Nnu-Net's own loaders, with our augmenter around them.
+        """Nnu-Net's own loaders, with our augmenter around them; a line in the log if that is not possible.
 
         `nnUNet_n_proc_DA` is obeyed, 0 stays single-threaded; more workers than there are CPUs for this process
         are lowered to that number, and the training log says so. It also says if a transform would choose what it
@@ -59,6 +60,9 @@ class SafeLoaderMixin(PreserveMixin, CompileGuard, SurvivingValidation, CascadeF
         with safe_loaders(type(self), factory, cpus, self.print_to_log_file):
             loaders = super().get_dataloaders()
             factory.go_on()
+        warning = unprotected(loaders)
+        if warning is not None:
+            self.print_to_log_file(warning)
         if factory.built:
             self.print_to_log_file(f"SafeLoader: {_stream_line(seed, states)}")
         about = About(type(self).__name__, self.local_rank, self.current_epoch, cpus.reason)

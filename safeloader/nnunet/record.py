@@ -21,8 +21,8 @@ from safeloader.pool.book import INCIDENTS_FILE
 from safeloader.report.atomic import write_atomically
 
 if TYPE_CHECKING:
-    from safeloader.augmenter import SafeAugmenter
     from safeloader.faults.incident import Incident
+    from safeloader.nnunet.loaders import Augmenter
     from safeloader.report.stats import Report
 
 REPORT_FILE: Final = "safeloader_report.json"
@@ -62,7 +62,7 @@ def put_aside(file: Path) -> None:
 class TrainingRecord:
     """The loaders of one training run, and what has been said about them."""
 
-    def __init__(self, loaders: Mapping[str, SafeAugmenter], path: Path, about: About) -> None:
+    def __init__(self, loaders: Mapping[str, Augmenter], path: Path, about: About) -> None:
         """Record the run of `loaders` (by name) in the file `path`."""
         self._loaders = dict(loaders)
         self._path = path
@@ -76,8 +76,9 @@ class TrainingRecord:
 
     def states(self) -> StreamStates | None:
         """Where the streams stand; None if there are none."""
-        tickets = {name: loader.report().next_ticket for name, loader in self._loaders.items()}
-        seed = next((loader.seed for loader in self._loaders.values()), None)
+        kept = {name: loader for name, loader in self._loaders.items() if hasattr(loader, "state_dict")}
+        tickets = {name: loader.report().next_ticket for name, loader in kept.items()}
+        seed = next((loader.seed for loader in kept.values()), None)
         return None if seed is None else StreamStates(seed, tickets)
 
     def remembered(self) -> str | None:
@@ -117,7 +118,11 @@ class TrainingRecord:
     def summary(self) -> list[str]:
         """One line per loader, and one that names the file."""
         if not self._loaders:
-            return ["SafeLoader: batches were made in the training process itself (nnUNet_n_proc_DA=0)"]
+            in_here = os.environ.get("nnUNet_n_proc_DA") == "0"  # noqa: SIM112 - nnU-Net's spelling
+            way = (
+                "in the training process itself (nnUNet_n_proc_DA=0)" if in_here else "without workers of SafeLoader's"
+            )
+            return [f"SafeLoader: batches were made {way}"]
         lines = []
         for name, loader in self._loaders.items():
             report = loader.report()

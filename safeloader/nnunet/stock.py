@@ -17,20 +17,19 @@ from typing import Any
 import torch
 
 from safeloader.errors import ConfigError
-from safeloader.nnunet.loaders import AUGMENTER, namespaces, replaced
+from safeloader.nnunet.loaders import adopted, namespaces, replaced
 from safeloader.nnunet.mixin import SafeLoaderMixin
 from safeloader.pool.work import Work
 
 
 class _Taken:
-    """Stands for the augmenter class while nnU-Net builds its loaders, and takes what they would be made of."""
+    """What a trainer has built instead of an augmenter."""
 
-    def __init__(self) -> None:
-        self.works: list[Work] = []
+    def __iter__(self) -> Iterator[None]:
+        return self
 
-    def __call__(self, data_loader: Any, transform: Any, *_: Any, **__: Any) -> Iterator[None]:
-        self.works.append(Work(data_loader, transform))
-        return iter([None])  # nnU-Net draws one batch, and drops it
+    def __next__(self) -> None:
+        """Nnu-Net draws one batch, and drops it."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,16 @@ def loader_of(trainer: Any, asked: Asked) -> Work:
     Raises:
         ConfigError: it can't make them.
     """
-    taken = _Taken()
+    works: list[Work] = []
+
+    def take(made: Any, data_loader: Any, transform: Any, *_: Any, **__: Any) -> None:
+        made.__class__ = _Taken
+        works.append(Work(data_loader, transform))
+
     # Behind our mixin the same loaders are built, and no pool is started for the batch that nnU-Net draws and drops.
     build: Any = super(SafeLoaderMixin, trainer) if isinstance(trainer, SafeLoaderMixin) else trainer
     with contextlib.ExitStack() as stack:
-        for namespace in namespaces(type(trainer)):
-            stack.enter_context(replaced(namespace, {AUGMENTER: taken}))
+        stack.enter_context(adopted(take))
         for namespace in namespaces(type(trainer), "do_split"):
             stack.enter_context(replaced(namespace, {"save_json": _write_no_split}))
         stack.enter_context(_workers_allowed())
@@ -110,9 +113,9 @@ def loader_of(trainer: Any, asked: Asked) -> Work:
             build.get_dataloaders()
         except (OSError, ValueError, KeyError, AssertionError) as error:
             raise ConfigError(f"nnU-Net can't make loaders for {asked}: {_first_line(error)}") from error
-    if not taken.works:
+    if not works:
         raise ConfigError(f"trainer {trainer.__class__.__name__} builds its loaders in a way of its own")
-    return taken.works[0]
+    return works[0]
 
 
 def _write_no_split(*_: Any, **__: Any) -> None:

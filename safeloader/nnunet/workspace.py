@@ -21,11 +21,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from safeloader.errors import ConfigError
+from safeloader.nnunet.versions import installed
 
 SMALL_CONFIGURATION: Final = "3d_small"
 """Inherits everything from `3d_fullres` but its patch, batch and network: quick to train on a CPU."""
 
 PLANS: Final = "nnUNetPlans"
+NO_PBAR_SINCE: Final = (2, 7)
+"""The first nnU-Net whose preprocessing can do without progress bars."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class Workspace:
         processes = str(self.processes)
         number = self.dataset.removeprefix("Dataset")[:3]
         names = configurations or ("3d_fullres",)
-        options = ["-d", number, "-c", *names, "-npfp", processes, "-np", processes, "--no_pbar"]
+        quiet = ["--no_pbar"] if (installed() or NO_PBAR_SINCE) >= NO_PBAR_SINCE else []
+        options = ["-d", number, "-c", *names, "-npfp", processes, "-np", processes, *quiet]
         return [nnunet_executable("nnUNetv2_plan_and_preprocess"), *options]
 
     def train_command(self, trainer: str, *options: str, device: str = "cpu") -> list[str]:

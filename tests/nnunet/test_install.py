@@ -19,7 +19,8 @@ FIND = """
 import sys
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find
 for name in sys.argv[1:]:
-    print("found", find(name).__module__)
+    found = find(name)
+    print("found", found.__module__, *(base.__name__ for base in found.__bases__))
 """
 
 
@@ -43,8 +44,11 @@ def test_the_command_makes_nnunet_find_the_trainer(nnunet_copy: dict[str, str], 
     shim = tmp_path / "site/nnunetv2/training/nnUNetTrainer/variants/safeloader_trainer.py"
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"Written: {shim}\n")
-    found = python(["-c", FIND, "nnUNetTrainerSafeLoader"], nnunet_copy)
-    assert found.stdout.splitlines()[-1] == "found safeloader.nnunet.trainer", found.stderr
+    found = python(["-c", FIND, "nnUNetTrainerSafeLoader", "nnUNetTrainerSafeLoader_DA5"], nnunet_copy)
+    assert found.stdout.splitlines()[-2:] == [
+        "found safeloader.nnunet.trainer SafeLoaderMixin nnUNetTrainer",
+        "found safeloader.nnunet.trainer SafeLoaderMixin nnUNetTrainerDA5",
+    ], found.stderr
 
 
 def test_a_shim_that_outlives_safeloader_breaks_no_other_trainer(nnunet_copy: dict[str, str], tmp_path: Path) -> None:
@@ -57,7 +61,7 @@ def test_a_shim_that_outlives_safeloader_breaks_no_other_trainer(nnunet_copy: di
 
 def test_the_environment_variable_works_by_itself() -> None:
     found = python(["-c", FIND, "nnUNetTrainerSafeLoader"], {**os.environ, "nnUNet_extTrainer": str(SHIM_FOLDER)})
-    assert found.stdout.splitlines()[-1] == "found safeloader.nnunet.trainer", found.stderr
+    assert found.stdout.splitlines()[-1].startswith("found safeloader.nnunet.trainer "), found.stderr
 
 
 def test_the_printed_line_sets_the_variable_and_keeps_what_was_there() -> None:
