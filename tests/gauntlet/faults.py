@@ -40,14 +40,12 @@ class Scene:
     Attributes:
         trainer_pid: Of nnU-Net's process.
         steps: The batches that it has trained and validated on, those before a restart included.
-        epochs: How many it is asked for.
         incidents: What SafeLoader has written about its workers so far.
         console: What it has printed, those before a restart included.
     """
 
     trainer_pid: int
     steps: Sequence[Step]
-    epochs: int
     incidents: Sequence[Mapping[str, Any]]
     console: str
 

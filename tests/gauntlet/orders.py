@@ -15,7 +15,6 @@ RUN_VARIABLE: Final = "GAUNTLET_RUN"
 """By which the processes of a training are known, whoever their parent is."""
 
 TRAINER: Final = "nnUNetTrainerGauntlet"
-EPOCHS: Final = 4
 EXPORTING: Final = "exporting"
 """The stage in which a process of the export pool obeys."""
 

@@ -36,7 +36,7 @@ def export_prediction_from_logits(*args: Any, **kwargs: Any) -> Any:
 
 
 class Deterministic(ShortTraining, nnUNetTrainer):  # type: ignore[misc]
-    epochs, iterations, val_iterations = orders.EPOCHS, 20, 2
+    epochs, iterations, val_iterations = 4, 20, 2
 
     def initialize(self) -> None:
         torch.manual_seed(int(os.environ[orders.SEED_VARIABLE]))

@@ -26,7 +26,6 @@ LIMIT_S: Final = 600.0
 """A training that takes longer hangs."""
 _LOOK_EVERY_S: Final = 0.05
 _GONE_S: Final = 10.0
-_MAX_STARTS: Final = 3
 _WORKERS: Final = 2
 
 
@@ -111,10 +110,11 @@ class _Watched:
         shm = _in_shm()
         training = Training(self._configuration, self._fold, self._output)
         options: tuple[str, ...] = ()
-        for _ in range(_MAX_STARTS):
+        while True:
             code = self._start(options, began + LIMIT_S, ended)
             training.left += self._left_behind()
-            if code == 0 or code is None or not self._was_terminated():
+            # As often as it was terminated, and not after an end of its own.
+            if code == 0 or code is None or len(self._logs) > self._terminations():
                 break
             options = ("--c",)
         scene = self._scene(0)
@@ -174,10 +174,10 @@ class _Watched:
             # The last line may still be being written.
             incidents += [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
         console = "".join(log.read_text(encoding="utf-8", errors="replace") for log in self._logs if log.exists())
-        return Scene(trainer, read_steps(self._output), orders.EPOCHS, incidents, console)
+        return Scene(trainer, read_steps(self._output), incidents, console)
 
-    def _was_terminated(self) -> bool:
-        return any(isinstance(fault, Terminated) and fault.times for fault in self._faults)
+    def _terminations(self) -> int:
+        return sum(fault.times for fault in self._faults if isinstance(fault, Terminated))
 
     def _left_behind(self) -> list[str]:
         """Processes that were started for this training and do not end by themselves."""
