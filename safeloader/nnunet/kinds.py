@@ -132,7 +132,11 @@ def _copy_plans(plain: Workspace, other: Workspace, contents: Contents) -> None:
 
 
 def _add_npz(workspace: Workspace) -> None:
-    """The same voxels as `3d_small`'s, in the files that nnU-Net wrote until its version 2.5."""
+    """The same voxels as `3d_small`'s, in the files that nnU-Net wrote until its version 2.5, labels in one byte.
+
+    With labels of two bytes nnU-Net 2.8.1 itself dies by SIGSEGV once it has unpacked them: it maps the file read-only,
+    crops without a copy, and its validation transforms write into that.
+    """
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 
     identifier = f"{PLANS}_{_NPZ}"
@@ -142,7 +146,7 @@ def _add_npz(workspace: Workspace) -> None:
     dataset = nnUNetDatasetBlosc2(str(source))
     for case in dataset.identifiers:
         data, seg, _, properties = dataset.load_case(case)
-        nnUNetDatasetNumpy.save_case(data[:], seg[:], properties, str(folder / case))
+        nnUNetDatasetNumpy.save_case(data[:], seg[:].astype("int8"), properties, str(folder / case))
 
 
 def _add_cascade(workspace: Workspace) -> None:

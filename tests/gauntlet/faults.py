@@ -190,6 +190,7 @@ class NoCompiler(Fault):
         nowhere.mkdir(parents=True, exist_ok=True)
         return {
             orders.COMPILE_VARIABLE: "1",
+            "nnUNet_compile": "true",
             "PATH": str(nowhere),
             "CXX": "g++",  # torch's default, whatever this environment says
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / "inductor"),
