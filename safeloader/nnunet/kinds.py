@@ -98,7 +98,6 @@ def add_kinds(workspace: Workspace, kinds: Iterable[Kind], *, cases: int, resolu
 def preprocess(workspace: Workspace, configuration: str) -> None:
     """Nnu-Net's preprocessing of a configuration, in this process."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     raw, there = workspace.raw / workspace.dataset, workspace.preprocessed / workspace.dataset
     dataset = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
@@ -108,9 +107,11 @@ def preprocess(workspace: Workspace, configuration: str) -> None:
     for made in (folder, labels):
         made.mkdir(parents=True, exist_ok=True)
     preprocessor = manager.preprocessor_class(verbose=False)
-    for case, files in get_filenames_of_train_images_and_targets(str(raw), dataset).items():
-        preprocessor.run_case_save(str(folder / case), files["images"], files["label"], plans, manager, dataset)
-        shutil.copy(files["label"], labels)
+    for label in sorted((raw / "labelsTr").iterdir()):
+        case = label.name.removesuffix(dataset["file_ending"])
+        images = sorted(str(image) for image in (raw / "imagesTr").glob(f"{case}_*"))
+        preprocessor.run_case_save(str(folder / case), images, str(label), plans, manager, dataset)
+        shutil.copy(label, labels)
 
 
 def _copy_plans(plain: Workspace, other: Workspace, contents: Contents) -> None:

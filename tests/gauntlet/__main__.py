@@ -63,7 +63,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write the outcome into this file")
     parser.add_argument("--seed", type=int, default=1, help="of batches and weights (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time (default: %(default)s)")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.folder is not None and options.folder.exists() and any(options.folder.iterdir()):
+        parser.error(f"--folder {options.folder} has files in it: name a new or empty one")
+    return options
 
 
 def _run(
