@@ -2,6 +2,7 @@
 
     __main__.py   the options, and the order of things
     trainer.py    the trainer: deterministic, short, and obedient to orders
+    orders.py     what both processes know of each other: names of variables, and orders
     faults.py     what is thrown at a training, and what proves that it struck
     training.py   nnU-Net's own `nnUNetv2_train` of one kind, watched to its end
     outcome.py    two trainings compared: Dice, summary, weights, batches
