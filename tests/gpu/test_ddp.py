@@ -34,7 +34,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     return workspace
 
 
-def test_all_ranks_train_on_while_workers_of_the_first_are_killed(workspace: Workspace, tmp_path: Path) -> None:
+def test_all_ranks_train_on_while_workers_are_killed(workspace: Workspace, tmp_path: Path) -> None:
     command = workspace.train_command(SAFE_TRAINER, "-num_gpus", str(GPUS), device="cuda")
     output, log = workspace.output_folder(SAFE_TRAINER), tmp_path / "console.log"
     with CommandProcess(command, workspace.environment(), log) as training:
