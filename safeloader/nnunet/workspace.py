@@ -56,6 +56,11 @@ class Workspace:
         return self.folder / "preprocessed"
 
     @property
+    def plans_file(self) -> Path:
+        """The plans that nnU-Net made for the dataset."""
+        return self.preprocessed / self.dataset / f"{PLANS}.json"
+
+    @property
     def results(self) -> Path:
         """What `nnUNet_results` names."""
         return self.folder / "results"
@@ -91,21 +96,39 @@ class Workspace:
         options = ["-d", number, "-c", *names, "-npfp", processes, "-np", processes, *quiet]
         return [nnunet_executable("nnUNetv2_plan_and_preprocess"), *options]
 
-    def train_command(self, trainer: str, *options: str, device: str = "cpu") -> list[str]:
-        """`nnUNetv2_train` of fold 0 of the small configuration with the class `trainer`."""
-        positional = [self.dataset, SMALL_CONFIGURATION, "0"]
+    def train_command(
+        self,
+        trainer: str,
+        *options: str,
+        configuration: str = SMALL_CONFIGURATION,
+        fold: str = "0",
+        device: str = "cpu",
+    ) -> list[str]:
+        """`nnUNetv2_train` of a fold of a configuration with the class `trainer`."""
+        positional = [self.dataset, configuration, fold]
         return [nnunet_executable("nnUNetv2_train"), *positional, "-tr", trainer, "-device", device, *options]
 
-    def output_folder(self, trainer: str) -> Path:
-        """Where nnU-Net writes logs, checkpoints and validation of fold 0."""
-        return self.results / self.dataset / f"{trainer}__{PLANS}__{SMALL_CONFIGURATION}" / "fold_0"
+    def output_folder(self, trainer: str, *, configuration: str = SMALL_CONFIGURATION, fold: str = "0") -> Path:
+        """Where nnU-Net writes logs, checkpoints and validation of a fold."""
+        return self.results / self.dataset / f"{trainer}__{PLANS}__{configuration}" / f"fold_{fold}"
 
-    def add_small_configuration(self, *, patch: tuple[int, int, int], features: tuple[int, ...]) -> None:
-        """Add `3d_small` to the plans that nnU-Net made for the dataset.
+    def add_small_configuration(
+        self,
+        *,
+        patch: tuple[int, ...],
+        features: tuple[int, ...],
+        name: str = SMALL_CONFIGURATION,
+        parent: str = "3d_fullres",
+        **differences: Any,
+    ) -> None:
+        """Add a configuration with a small network to the plans that nnU-Net made for the dataset.
 
         Args:
-            patch: Voxels `(z, y, x)`, each divisible by `2 ** (len(features) - 1)`.
+            patch: Pixels `(y, x)` or voxels `(z, y, x)`, each divisible by `2 ** (len(features) - 1)`.
             features: Feature maps per stage of the U-Net.
+            name: The configuration's; one that is there already is replaced.
+            parent: The configuration that it inherits from.
+            differences: What else the plans say of it, in nnU-Net's terms.
 
         Raises:
             ValueError: Fewer than three stages. nnU-Net's deep supervision gives the coarsest output the weight 0;
@@ -113,27 +136,27 @@ class Workspace:
         """
         if len(features) < 3:
             raise ValueError(f"nnU-Net's deep supervision needs at least 3 stages, got features={features}")
-        path = self.preprocessed / self.dataset / f"{PLANS}.json"
+        path = self.plans_file
         plans = json.loads(path.read_text(encoding="utf-8"))
-        parent = plans["configurations"]["3d_fullres"]
-        plans["configurations"][SMALL_CONFIGURATION] = {
-            "inherits_from": "3d_fullres",
+        plans["configurations"][name] = {
+            "inherits_from": parent,
             "patch_size": list(patch),
             "batch_size": 2,
-            "architecture": _smaller(parent["architecture"], features),
+            "architecture": _smaller(plans["configurations"][parent]["architecture"], features, len(patch)),
+            **differences,
         }
         path.write_text(json.dumps(plans, indent=4), encoding="utf-8")
 
 
-def _smaller(architecture: dict[str, Any], features: tuple[int, ...]) -> dict[str, Any]:
+def _smaller(architecture: dict[str, Any], features: tuple[int, ...], axes: int) -> dict[str, Any]:
     """The same kind of network with `len(features)` stages, one convolution per stage in the decoder."""
     small = deepcopy(architecture)
     stages = len(features)
     arguments = small["arch_kwargs"]
     arguments["n_stages"] = stages
     arguments["features_per_stage"] = list(features)
-    arguments["kernel_sizes"] = [[3, 3, 3]] * stages
-    arguments["strides"] = [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1)
+    arguments["kernel_sizes"] = [[3] * axes] * stages
+    arguments["strides"] = [[1] * axes] + [[2] * axes] * (stages - 1)
     arguments["n_conv_per_stage"] = [2] * stages
     arguments["n_conv_per_stage_decoder"] = [1] * (stages - 1)
     return small

@@ -26,6 +26,7 @@ from safeloader.pool.course import Course
 from safeloader.pool.failure import FailureRecord, describe, format_remote, pickle_exception
 from safeloader.pool.owned import OwnedGenerators
 from safeloader.pool.seeding import seed_everything
+from safeloader.pool.shuffled import ShuffledLists
 from safeloader.pool.work import EpochEnd, Work
 from safeloader.ring import codec
 from safeloader.ring.bookmark import Bookmark
@@ -87,6 +88,7 @@ class _Worker:
         self._in_hand: tuple[str, ...] = ()
         self._cases = Cases(self._touch)
         self._owned = OwnedGenerators()
+        self._shuffled = ShuffledLists()
         self._course: Course | None = None
         if bookmark is not None:
             self._course = Course(order, work, self._cases, bookmark, lambda: self._touch(Stage.LOADING))
@@ -131,6 +133,7 @@ class _Worker:
                 self._course.begin()
             else:
                 self._owned = OwnedGenerators(self._work.loader, self._work.transform)
+                self._shuffled = ShuffledLists(self._work.loader, self._work.transform)
             return cases
         except BaseException as error:  # noqa: BLE001 - the worker's outermost boundary: the trainer raises it
             kind, text = describe(error)
@@ -201,6 +204,7 @@ class _Worker:
             self._touch(Stage.LOADING)
             seed_everything(self._order.seed, self._order.stream, self._ticket, draw)
             self._owned.seed(self._order.seed, self._order.stream, self._ticket, draw)
+            self._shuffled.restore()
             killpoints.reach("worker.step.seeded")
             with contextlib.suppress(PassOver):
                 return next(self._work.loader)

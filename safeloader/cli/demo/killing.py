@@ -1,4 +1,4 @@
-"""Kills data-loading workers of a running training, and records each kill."""
+"""Kills (or stops) data-loading workers of a running training from outside, and records each kill."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DEATH_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class Kill:
-    """One worker, killed.
+    """One worker, killed or stopped.
 
     Attributes:
         monotonic_s: When the signal was sent.
@@ -65,7 +65,7 @@ class Killer:
             victim.send_signal(number)
         except psutil.NoSuchProcess:
             return None
-        _wait_dead(victim)
+        _wait_struck(victim)
         self.kills.append(kill)
         return kill
 
@@ -80,14 +80,14 @@ class Killer:
             return None
 
 
-def _wait_dead(process: psutil.Process) -> None:
-    """Wait until the signal has done its work (a zombie is dead: its parent reaps it)."""
+def _wait_struck(process: psutil.Process) -> None:
+    """Wait until the signal has done its work: a zombie is dead, its parent reaps it; SIGSTOP stops."""
     deadline = time.monotonic() + _DEATH_TIMEOUT_S
     while time.monotonic() < deadline:
         try:
-            if process.status() == psutil.STATUS_ZOMBIE:
+            if process.status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_STOPPED):
                 return
         except psutil.NoSuchProcess:
             return
         time.sleep(0.005)
-    raise SafeLoaderError(f"process {process.pid} still lives {_DEATH_TIMEOUT_S:g} s after it was killed")
+    raise SafeLoaderError(f"process {process.pid} still runs {_DEATH_TIMEOUT_S:g} s after it was sent a deadly signal")
