@@ -8,7 +8,6 @@ A fault that was not proven did not strike, and then the training has shown noth
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -29,6 +28,8 @@ SHM_MIB: Final = 64
 """Docker's `/dev/shm`."""
 HANG_S: Final = 2.0
 """So soon a worker without progress is replaced, in these trainings of seconds."""
+EXPORT_S: Final = 15.0
+"""So soon an export is given up; it takes less than a second."""
 _CALM_STEPS: Final = 2
 LEFT_IN_SHM: Final = "gauntlet: left in /dev/shm: "
 
@@ -54,8 +55,6 @@ class Fault(ABC):
     """One class of fault, for one training."""
 
     name: str
-    needs: str | None = None
-    """The module of SafeLoader's without which no training survives it."""
     before: list[Fault]
     """Faults that strike workers while it trains: this one waits until each of them is proven."""
 
@@ -67,8 +66,6 @@ class Fault(ABC):
     @classmethod
     def impossible(cls) -> str | None:
         """Why it can't be thrown here; None if it can."""
-        if cls.needs is not None and importlib.util.find_spec(cls.needs) is None:
-            return f"this SafeLoader has no {cls.needs}"
         return None
 
     def environment(self) -> dict[str, str]:
@@ -183,7 +180,6 @@ class NoCompiler(Fault):
     """torch.compile is asked for, and there is no compiler: PATH leads nowhere, and nothing is cached."""
 
     name = "no-compiler"
-    needs = "safeloader.nnunet.compile_guard"
 
     def environment(self) -> dict[str, str]:
         nowhere = self.folder / "no-tools"
@@ -201,15 +197,15 @@ class NoCompiler(Fault):
         return 1
 
     def proven(self, scene: Scene) -> bool:
-        """SafeLoader says that compiling failed."""
-        return re.search(r"SafeLoader: .*compil", scene.console, re.IGNORECASE) is not None
+        """SafeLoader says that there is no compiler, and goes on."""
+        return re.search(r"SafeLoader: torch\.compile found no C or C\+\+ compiler", scene.console) is not None
 
 
 class _ExportStruck(Fault):
     """Strikes a process of the validation's export pool while it exports."""
 
-    needs = "safeloader.nnunet.validation"
     deed: str
+    said: str
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -225,18 +221,24 @@ class _ExportStruck(Fault):
         return int(not any(self._orders.folder.glob(f"*:{self.deed}:*")))
 
     def proven(self, scene: Scene) -> bool:
-        """The order was obeyed, and SafeLoader says that a case was exported again."""
-        return bool(self.times) and re.search(r"SafeLoader: .*export", scene.console) is not None
+        """The order was obeyed, and the process's end is an incident."""
+        ends = [str(one.get("message")) for one in scene.incidents if one.get("kind") == "export-death"]
+        return bool(self.times) and any(self.said in message for message in ends)
 
 
 class ExportKilled(_ExportStruck):
     name = "export-killed"
     deed = "kill"
+    said = "was killed by SIGKILL"
 
 
 class ExportHung(_ExportStruck):
     name = "export-hung"
     deed = "stop"
+    said = "had not finished after"
+
+    def environment(self) -> dict[str, str]:
+        return {**super().environment(), "SAFELOADER_EXPORT_TIMEOUT_S": str(EXPORT_S)}
 
 
 class Terminated(Fault):

@@ -10,7 +10,9 @@ from typing import Final
 SEED_VARIABLE: Final = "GAUNTLET_SEED"
 THREADS_VARIABLE: Final = "GAUNTLET_THREADS"
 COMPILE_VARIABLE: Final = "GAUNTLET_COMPILE"
+STEP_VARIABLE: Final = "GAUNTLET_STEP_S"
 ORDERS_VARIABLE: Final = "GAUNTLET_ORDERS"
+TRAINER_PID_VARIABLE: Final = "GAUNTLET_TRAINER_PID"
 RUN_VARIABLE: Final = "GAUNTLET_RUN"
 """By which the processes of a training are known, whoever their parent is."""
 

@@ -80,15 +80,17 @@ def test_what_went_wrong_is_said(happens: Callable[[Training], None], said: str,
     assert compare("3d", leave(tmp_path / "a"), disturbed).differences == [said]
 
 
+EXPORT_DEATH = {"kind": "export-death", "message": "the export: the process (pid 7) was killed by SIGKILL after 1.0 s"}
+
+
 def scene(**known: Any) -> Scene:
     return Scene(**{"trainer_pid": 1, "steps": [], "incidents": [], "console": "", **known})
 
 
 def test_nothing_is_proven_before_it_has_struck(tmp_path: Path) -> None:
-    said = "SafeLoader: a case is exported again"
     for fault in (WorkersKilled(tmp_path), SmallShm(tmp_path), ExportKilled(tmp_path)):
         assert fault.times == 0
-        assert not fault.proven(scene(console=said))
+        assert not fault.proven(scene(incidents=[EXPORT_DEATH]))
 
 
 def test_an_order_that_is_obeyed_has_struck(tmp_path: Path) -> None:
@@ -96,5 +98,5 @@ def test_an_order_that_is_obeyed_has_struck(tmp_path: Path) -> None:
     (order,) = Path(fault.environment()[orders.ORDERS_VARIABLE]).iterdir()
     order.unlink()
     assert fault.times == 1
-    assert not fault.proven(scene(console="nothing about it"))
-    assert fault.proven(scene(console="SafeLoader: a case is exported again"))
+    assert not fault.proven(scene(incidents=[{**EXPORT_DEATH, "kind": "worker-death"}]))
+    assert fault.proven(scene(incidents=[EXPORT_DEATH]))

@@ -7,8 +7,9 @@ they are at work.
 
 from __future__ import annotations
 
-import multiprocessing
+import functools
 import os
+import time
 from typing import Any
 
 import torch
@@ -25,10 +26,12 @@ from tests.gauntlet import orders
 def _obey() -> None:
     """In a process that exports for the trainer; the trainer itself obeys nothing."""
     folder = os.environ.get(orders.ORDERS_VARIABLE)
-    if folder is not None and multiprocessing.parent_process() is not None:
+    if folder is not None and os.environ[orders.TRAINER_PID_VARIABLE] != str(os.getpid()):
         Orders(folder, orders.DEEDS).obey(orders.EXPORTING)
 
 
+# Its parameters' names tell SafeLoader what is written; by its own name the other process finds this one.
+@functools.wraps(export_prediction.export_prediction_from_logits, assigned=())
 def export_prediction_from_logits(*args: Any, **kwargs: Any) -> Any:
     """Nnu-Net's, by a process that obeys first."""
     _obey()
@@ -44,11 +47,19 @@ class Deterministic(ShortTraining, nnUNetTrainer):  # type: ignore[misc]
         torch.use_deterministic_algorithms(True)
         super().initialize()
 
+    def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Take as long as a step on a larger network: faults need time to strike one after the other."""
+        began = time.monotonic()
+        outputs: dict[str, Any] = super().train_step(batch)
+        time.sleep(max(0.0, float(os.environ.get(orders.STEP_VARIABLE, "0")) - (time.monotonic() - began)))
+        return outputs
+
     def _do_i_compile(self) -> bool:
         """On the CPU nnU-Net never does."""
         return os.environ.get(orders.COMPILE_VARIABLE) == "1"
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        os.environ[orders.TRAINER_PID_VARIABLE] = str(os.getpid())
         (namespace,) = namespaces(nnUNetTrainer, "perform_actual_validation")
         with replaced(namespace, {"export_prediction_from_logits": export_prediction_from_logits}):
             super().perform_actual_validation(save_probabilities)

@@ -27,6 +27,8 @@ LIMIT_S: Final = 600.0
 _LOOK_EVERY_S: Final = 0.05
 _GONE_S: Final = 10.0
 _WORKERS: Final = 2
+_STEP_S: Final = 0.2
+"""What a step takes at least while faults are thrown: 16 s for all of a training."""
 
 
 @dataclass
@@ -148,6 +150,8 @@ class _Watched:
         }
         if not options:  # one that continues knows it
             own["SAFELOADER_SEED"] = str(self._seed)
+        if self._faults:
+            own[orders.STEP_VARIABLE] = str(_STEP_S)
         for fault in self._faults:
             argv = fault.command(argv)
             own |= fault.environment()

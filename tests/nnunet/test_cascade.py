@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from safeloader.nnunet.mixin import SafeLoaderMixin
 
 DATASET = "Dataset001_Brain"
@@ -11,6 +13,9 @@ NEXT = "3d_cascade_fullres"
 
 
 class Base:
+    device = torch.device("cpu")
+    network = loss = None
+
     def __init__(self, results: Path, previous_stage: str | None) -> None:
         self.was_initialized = False
         self.log: list[str] = []

@@ -267,10 +267,10 @@ def test_ctrl_c_keeps_what_is_done(make: Callable[[], Any], no_process: None, mo
     trainer = make()
     say = trainer.print_to_log_file
 
-    def interrupt(*lines: object) -> None:
+    def interrupt(*lines: object, **how: bool) -> None:
         if lines == ("predicting brain_002",):
             raise KeyboardInterrupt
-        say(*lines)
+        say(*lines, **how)
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "print_to_log_file", interrupt)

@@ -22,8 +22,7 @@ import select
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,12 +30,12 @@ from safeloader.faults import memory
 from safeloader.faults.exits import ProcessExit
 from safeloader.faults.incident import Incident
 from safeloader.nnunet.export.call import Brief, Call
+from safeloader.nnunet.export.job import TRIES, Job, State
 from safeloader.nnunet.export.outputs import Output, remove_abandoned
 from safeloader.nnunet.export.process import GOODBYE_S, ExportProcess, Failure, Kind, private_view
 from safeloader.nnunet.export.records import Death, Failed, final_error
 from safeloader.pool.failure import describe, format_remote
 from safeloader.ring import codec
-from safeloader.ring.memfile import MemoryFile
 
 TIMEOUT_FLOOR_S: Final = 600.0
 """Nobody is said to hang before that, unless the user says so."""
@@ -44,75 +43,8 @@ _TIMES_SLOWEST: Final = 20
 """…and not before so many times what the slowest job so far took for its size."""
 _JOBS_AHEAD: Final = 2
 """Jobs that a process may have: the one in hand, and the next."""
-_TRIES: Final = 2
-"""Processes that a job may cost: one with others beside it, and one alone."""
+_ORDINALS: Final = ("", "first", "second", "third")
 _LOOK_AGAIN_S: Final = 1.0
-
-
-class _State(Enum):
-    WAITING = "waiting"
-    GIVEN = "given"
-    SETTLED = "settled"
-
-
-@dataclass
-class Job:
-    """One call: where it stands, and what it has cost.
-
-    Attributes:
-        call: what is to be done; None once it lies in `file`.
-        brief: what a person and the ledger are told about it.
-        file: holds the pickled call once it was given to a process. nbytes: how much.
-        deaths: of processes that had it in hand.
-        value: what the function returned, once it is settled and has not failed.
-        failed: why it can't be done.
-    """
-
-    number: int
-    call: Call | None
-    brief: Brief
-    output: Output | None
-    state: _State = _State.WAITING
-    file: MemoryFile | None = None
-    nbytes: int = 0
-    deaths: list[Death] = field(default_factory=list)
-    value: Any = None
-    failed: Failed | None = None
-
-    def spool(self) -> MemoryFile:
-        """The call in a memory file, in which it stays until the job is settled; nothing else refers to it then."""
-        if self.file is None:
-            assert self.call is not None
-            call = self.call if self.output is None else self.call.writing_to(self.output.path)
-            file = MemoryFile.create("safeloader-export")
-            try:
-                self.nbytes = codec.encode((call.function, call.arguments), file, self.number, by_value=True)
-            except BaseException:
-                file.close()
-                raise
-            self.file, self.call = file, None
-        if self.output is not None:
-            self.output.begin()
-        return self.file
-
-    def tried(self) -> str:
-        """What the processes died of, for a person."""
-        return "; then ".join(f"its process {death.what}" for death in self.deaths) or "no process could be started"
-
-    @property
-    def settled(self) -> bool:
-        """Whether it is done, or has failed."""
-        return self.state is _State.SETTLED
-
-    def settle(self) -> None:
-        """It is done, or has failed: let go of everything large."""
-        self.state = _State.SETTLED
-        self.call = None
-        if self.file is not None:
-            self.file.close()
-            self.file = None
-        if self.output is not None:
-            self.output.discard()
 
 
 @dataclass(frozen=True)
@@ -253,14 +185,15 @@ class ExportPool:
     def _try_again(self, job: Job) -> None:
         """Nothing else is to be done now."""
         self._dismiss(1)  # who idles has memory
-        if len(job.deaths) < _TRIES:
+        if job.may_cost_another:
             process = self._running[0] if self._running else self._start()
             if process is not None:
                 self._give(job, process)
                 return
-        last = job.deaths[-1] if job.deaths else None
-        if last is not None and (last.crashed or last.hung_s is not None):
-            self._fail(job, f"its process {last.what}, for the second time")
+        if len(job.own_fault) == TRIES:
+            self._fail(job, f"its process {job.own_fault[-1].what}, for the second time")
+        elif job.own_fault:
+            self._fail(job, job.tried())
         else:
             self._dismiss(0)
             self._do_here(job)
@@ -287,7 +220,7 @@ class ExportPool:
         except OSError as error:
             self._fail_by(job, error)
             return
-        job.state = _State.GIVEN
+        job.state = State.GIVEN
         process.give(job.number, file)
 
     def _limit_s(self, process: ExportProcess) -> float:
@@ -332,7 +265,7 @@ class ExportPool:
             self.processes -= 1
         jobs = [self._jobs[number] for number in process.jobs]
         for job in reversed(jobs[1:]):
-            job.state = _State.WAITING
+            job.state = State.WAITING
             self._queue.appendleft(job)
         if jobs:
             worked_s = time.monotonic() - process.since
@@ -342,9 +275,11 @@ class ExportPool:
     def _lost(self, job: Job, death: Death) -> None:
         """A process died of it, or might have."""
         job.deaths.append(death)
-        job.state = _State.WAITING
+        job.state = State.WAITING
         self._again.append(job)
-        action = "it is done again, alone" if len(job.deaths) < _TRIES else "that was the second time"
+        action = (
+            "it is done again, alone" if job.may_cost_another else f"that was the {_ORDINALS[len(job.deaths)]} time"
+        )
         self._told.say(f"SafeLoader: {death.message(job.brief.title, action)}")
         self._told.record(death.incident(job.brief.title, job.brief.case, action))
 

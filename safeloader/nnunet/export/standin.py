@@ -16,7 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from safeloader.faults.cpus import CpuBudget
-from safeloader.nnunet.export.pool import ExportPool, Job, Told
+from safeloader.nnunet.export.job import Job
+from safeloader.nnunet.export.pool import ExportPool, Told
 
 
 class Multiprocessing:
