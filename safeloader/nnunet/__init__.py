@@ -10,11 +10,14 @@
     loaders.py    makes the stock get_dataloaders build our augmenters
     compile_guard.py   CompileGuard: torch.compile may fail; with compile_causes.py (did it, and why), compiled.py (what
                        it was put around), before_step.py (a step taken back), compile_vote.py (DDP: all ranks or none)
+    preserve.py   the last finished epoch is on disk whatever ends a training; with checkpoints.py (files in one step),
+                  interrupts.py (signals), go_on.py (the command to go on with)
     record.py     what the training log and safeloader_report.json say
     history.py    safeloader_epochs.jsonl: a line per epoch, for `safeloader report`
     install.py    puts shim/ where nnU-Net looks for trainers
     shim/         the module of a few lines that leads nnU-Net to the trainers
-    brain.py workspace.py short.py    a small dataset and short trainings on it, for the demo and the tests
+    stock.py check/ bench/ probe.py   what the commands check, bench and doctor look at
+    brain.py kinds.py workspace.py short.py    small datasets of each kind and short trainings, for the demo and the tests
 
 Only this package imports nnunetv2, and only `trainer.py` does so on import.
 """
