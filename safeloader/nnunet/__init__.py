@@ -17,7 +17,7 @@
     install.py    puts shim/ where nnU-Net looks for trainers
     shim/         the module of a few lines that leads nnU-Net to the trainers
     stock.py check/ bench/ probe.py   what the commands check, bench and doctor look at
-    brain.py kinds.py workspace.py short.py    small datasets of each kind and short trainings, for the demo and the tests
+    brain.py kinds.py workspace.py short.py    small datasets of each kind and short trainings: for the demo, the tests
 
 Only this package imports nnunetv2, and only `trainer.py` does so on import.
 """
