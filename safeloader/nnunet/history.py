@@ -17,13 +17,13 @@ from typing import Any, Final
 
 import psutil
 
-from safeloader.augmenter import SafeAugmenter
 from safeloader.faults.cpus import available_cpus
 from safeloader.faults.memory import available
 from safeloader.nnunet.upstream import Trainer
 from safeloader.report import prometheus
 from safeloader.report.atomic import write_atomically
 from safeloader.report.journal import Journal
+from safeloader.runner import PoolRunner
 
 EPOCHS_FILE: Final = "safeloader_epochs.jsonl"
 _PACKAGES: Final = ("safeloader", "nnunetv2", "batchgenerators", "batchgeneratorsv2", "torch", "numpy", "blosc2")
@@ -90,7 +90,7 @@ class KeepsHistory(Trainer):
 
     def _counts(self) -> dict[str, dict[str, Any]]:
         loaders = {"train": self.dataloader_train, "val": self.dataloader_val}
-        return {name: _count(loader) for name, loader in loaders.items() if isinstance(loader, SafeAugmenter)}
+        return {name: _count(loader) for name, loader in loaders.items() if isinstance(loader, PoolRunner)}
 
 
 def _start(trainer: str, epoch: int, device: str) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _device(name: str) -> str:
     return torch.cuda.get_device_name(name)
 
 
-def _count(loader: SafeAugmenter) -> dict[str, Any]:
+def _count(loader: PoolRunner) -> dict[str, Any]:
     """Since the start of this run, all in all; and the memory of its workers now."""
     report = loader.report()
     return {

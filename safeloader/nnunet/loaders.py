@@ -22,6 +22,7 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 
 from safeloader.augmenter import SafeAugmenter, SafeMultiThreadedAugmenter
 from safeloader.faults.cpus import CpuBudget
+from safeloader.faults.incident import Incident
 from safeloader.nnunet.resume import StreamStates
 from safeloader.runner import PoolRunner
 
@@ -62,6 +63,7 @@ class LoaderFactory:
         folder: Where the augmenters write incidents, and remember quarantined cases.
         seed: The root seed of all.
         states: Where their streams go on, or None to begin new ones.
+        on_incident: Is told of each failure of a worker, or None.
         built: The augmenters by name, "train" first, then "val", as nnU-Net builds them.
     """
 
@@ -70,6 +72,7 @@ class LoaderFactory:
     folder: str
     seed: int
     states: StreamStates | None = None
+    on_incident: Callable[[Incident], None] | None = None
     built: dict[str, Augmenter] = field(default_factory=dict)
 
     def adopt(self, made: Any, *args: Any, **kwargs: Any) -> None:
@@ -84,7 +87,8 @@ class LoaderFactory:
         title = pool_name(name, self.rank)
         stream = stream_number(self.rank, self.world_size, index)
         made.__class__ = OURS[type(made)]
-        made.__init__(*args, **kwargs, seed=self.seed, stream=stream, name=title, folder=self.folder)
+        options = {"seed": self.seed, "stream": stream, "name": title, "folder": self.folder}
+        made.__init__(*args, **kwargs, **options, on_incident=self.on_incident)
         state = None if self.states is None else self.states.state_of(name, stream, given_back=1)
         if state is not None and isinstance(made, SafeAugmenter):
             made.load_state_dict(state)

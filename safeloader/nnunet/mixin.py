@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import distributed
 
 from safeloader.config import resolve
 from safeloader.faults.cpus import available_cpus
+from safeloader.faults.incident import Incident
 from safeloader.nnunet.cascade import CascadeFolders
 from safeloader.nnunet.compile_guard import CompileGuard
 from safeloader.nnunet.history import KeepsHistory, epochs_file
@@ -42,6 +43,9 @@ class SafeLoaderMixin(VersionCheck, PreserveMixin, CompileGuard, SurvivingValida
     SafeLoader is used for prediction on a machine that has only nnU-Net.
     """
 
+    on_incident: Callable[[Incident], None] | None = None
+    """For a subclass to define: called with each failure of a worker, in a thread of its own."""
+
     def get_dataloaders(self) -> tuple[Any, Any]:
         """Nnu-Net's own loaders, with our augmenter around them; a line in the log if that is not possible.
 
@@ -55,7 +59,7 @@ class SafeLoaderMixin(VersionCheck, PreserveMixin, CompileGuard, SurvivingValida
                 put_aside(Path(self.output_folder) / file)
         states = self._states_to_go_on_with()
         seed = shared_seed(self._given_seed(), is_ddp=self.is_ddp) if states is None else states.seed
-        factory = LoaderFactory(self.local_rank, world_size, self.output_folder, seed, states)
+        factory = LoaderFactory(self.local_rank, world_size, self.output_folder, seed, states, self.on_incident)
         cpus = available_cpus()
         with safe_loaders(type(self), factory, cpus, self.print_to_log_file):
             loaders = super().get_dataloaders()

@@ -87,5 +87,5 @@ def make_trainer(
 
     yield make
     for trainer in made:
-        if trainer._safeloader is not None:
+        if getattr(trainer, "_safeloader", None) is not None:
             trainer._safeloader.close()

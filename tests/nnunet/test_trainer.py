@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.run.run_training import maybe_load_checkpoint
 
-from safeloader import SafeAugmenter
+from safeloader import Incident, SafeAugmenter
 from safeloader.cli import main
+from safeloader.nnunet.workspace import Workspace
+from safeloader.testing import wait_until
 from tests.nnunet.conftest import MakeTrainer
 
 
@@ -35,6 +42,22 @@ class TestLoaders:
         assert (train.report().name, val.report().name) == ("train", "val")
         assert (train.seed, val.seed) == (7, 7)
         assert (train.report().stream, val.report().stream) == (0, 1)
+
+    def test_a_trainer_that_wants_to_know_is_told_of_each_failure(
+        self, make_trainer: MakeTrainer, nnunet: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        told: list[Incident] = []
+
+        class Curious(nnunet.nnUNetTrainerSafeLoader):
+            def on_incident(self, incident: Incident) -> None:
+                told.append(incident)
+
+        monkeypatch.setenv("nnUNet_n_proc_DA", "1")
+        train, _ = make_trainer(Curious).get_dataloaders()
+        pid = train.workers()[0].pid
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: len(told) == 1)
+        assert (told[0].pool, told[0].pid, told[0].signal) == ("train", pid, "SIGKILL")
 
     def test_nnunets_module_is_as_before_afterwards(
         self, make_trainer: MakeTrainer, nnunet: Any, monkeypatch: pytest.MonkeyPatch
@@ -117,6 +140,24 @@ class TestAudit:
 
 
 class TestCheckpoint:
+    def test_a_copy_of_the_stock_trainers_folder_is_continued(
+        self, make_trainer: MakeTrainer, make_workspace: Callable[..., Workspace], nnunet: Any
+    ) -> None:
+        """As docs/crashes.md says."""
+        workspace = make_workspace()
+        stock = make_trainer(nnunet.nnUNetTrainer, workspace=workspace)
+        stock.current_epoch = 6
+        stock.save_checkpoint(str(Path(stock.output_folder) / "checkpoint_latest.pth"))
+        theirs = Path(stock.output_folder_base)
+        ours = theirs.with_name(theirs.name.replace("nnUNetTrainer__", "nnUNetTrainerSafeLoader__"))
+        shutil.copytree(theirs, ours)
+        trainer = make_trainer(workspace=workspace)
+        maybe_load_checkpoint(trainer, True, False)
+        assert trainer.current_epoch == 7
+        for name, weights in stock.network.state_dict().items():
+            assert torch.equal(trainer.network.state_dict()[name], weights)
+        assert Path(trainer.output_folder_base) == ours
+
     def test_predicts_on_a_machine_without_safeloader(self, make_trainer: MakeTrainer) -> None:
         trainer = make_trainer()
         folder = Path(trainer.output_folder_base)
