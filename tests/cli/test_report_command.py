@@ -120,7 +120,7 @@ def test_the_page(fold: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (fold / "safeloader_report.html").read_text()
     page = Page()
     page.feed(text)
-    assert len(page.loads) == 3 and all(load.startswith("data:image/png;base64,") for load in page.loads)
+    assert len(page.loads) == 4 and all(load.startswith("data:image/png;base64,") for load in page.loads)
     assert "<script" not in text
     assert "Outcome: finished. 2 epochs, 2 starts, 3 workers replaced, 1 failure." in page.text
     assert "brain_001" in page.text and "node<7>" in page.text
@@ -129,7 +129,7 @@ def test_the_page(fold: Path, capsys: pytest.CaptureFixture[str]) -> None:
         in page.text
     )
     assert "File x.py, line 3" in page.text and "1 line left out: cut off by a crash." in page.text
-    for name in ("epochs", "dice", "memory"):
+    for name in ("epochs", "throughput", "dice", "memory"):
         assert (fold / f"safeloader_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -15,6 +15,7 @@ _MAX_RECORDS: Final = 200
 """Incidents that are shown in full; all are in the file that the page names."""
 _CAPTIONS: Final = {
     "epochs": "Time of each epoch, and the part of it in which training waited for batches.",
+    "throughput": "Batches that training and validation took, over nnU-Net's epoch time.",
     "dice": "nnU-Net's pseudo Dice in each epoch.",
     "memory": "Resident memory at the end of each epoch.",
 }

@@ -25,6 +25,8 @@ def pictures(story: Story) -> Mapping[str, bytes]:
     drawn: dict[str, bytes] = {}
     if any(epoch.time_s is not None for epoch in epochs) or any(epoch.wait_s for epoch in epochs):
         drawn["epochs"] = _time(epochs)
+    if any(_throughput(epoch) is not None for epoch in epochs):
+        drawn["throughput"] = _batches(epochs)
     if any(epoch.dice is not None for epoch in epochs):
         drawn["dice"] = _dice(epochs)
     if any(epoch.trainer_nbytes is not None for epoch in epochs):
@@ -38,6 +40,18 @@ def _time(epochs: Sequence[Epoch]) -> bytes:
     _line(axes, epochs, [_sum(epoch.wait_s) for epoch in epochs], _ORANGE, "of it, waiting for batches")
     _mark_restarts(axes, epochs)
     return _png(figure, axes)
+
+
+def _batches(epochs: Sequence[Epoch]) -> bytes:
+    figure, axes = _figure("batches per second")
+    _line(axes, epochs, [_throughput(epoch) for epoch in epochs], _BLUE, "trained and validated on")
+    _mark_restarts(axes, epochs)
+    return _png(figure, axes)
+
+
+def _throughput(epoch: Epoch) -> float | None:
+    batches = _sum(epoch.batches)
+    return None if batches is None or not epoch.time_s else batches / epoch.time_s
 
 
 def _dice(epochs: Sequence[Epoch]) -> bytes:
