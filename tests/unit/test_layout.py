@@ -94,3 +94,10 @@ def test_importing_safeloader_imports_nothing_of_nnunet_and_starts_nothing() -> 
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.split("\n")[0] == "[] 1"
+
+
+def test_the_command_line_answers_without_torch() -> None:
+    """`safeloader doctor` is for machines on which torch is broken, and nobody waits seconds for a help text."""
+    code = "import sys, safeloader.cli; print([m for m in ('torch', 'nnunetv2', 'matplotlib', 'rich') if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed == "[]\n"

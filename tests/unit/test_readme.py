@@ -9,6 +9,8 @@ import pytest
 
 from safeloader import errors
 from safeloader.config import OPTIONS
+from safeloader.nnunet.history import PROMETHEUS
+from safeloader.nnunet.validation import TIMEOUT_ENV
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -20,7 +22,9 @@ def test_every_option_is_documented_with_its_variable(name: str) -> None:
 
 
 def test_no_option_is_documented_that_does_not_exist() -> None:
-    assert set(re.findall(r"`(SAFELOADER_[A-Z_]+)`", README)) == {OPTIONS[name].env(name) for name in OPTIONS}
+    trainers = {PROMETHEUS, TIMEOUT_ENV}
+    named = set(re.findall(r"`(SAFELOADER_[A-Z_]+)[`=]", README))
+    assert named == {OPTIONS[name].env(name) for name in OPTIONS} | trainers
 
 
 def test_every_test_that_it_names_exists() -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Final
 
 from safeloader.cli.command import Command
-from safeloader.cli.report.story import Story
 from safeloader.errors import ConfigError
 
 PAGE: Final = "safeloader_report.html"
@@ -37,6 +36,8 @@ class Report(Command):
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Read, draw, write."""
+        from safeloader.cli.report.story import Story  # torch takes seconds to import
+
         story = Story.read(arguments.folder)
         try:
             from safeloader.cli.report.pictures import pictures
