@@ -98,6 +98,7 @@ def test_importing_safeloader_imports_nothing_of_nnunet_and_starts_nothing() -> 
 
 def test_the_command_line_answers_without_torch() -> None:
     """`safeloader doctor` is for machines on which torch is broken, and nobody waits seconds for a help text."""
-    code = "import sys, safeloader.cli; print([m for m in ('torch', 'nnunetv2', 'matplotlib', 'rich') if m in sys.modules])"
+    heavy = ("torch", "nnunetv2", "matplotlib", "rich")
+    code = f"import sys, safeloader.cli; print([name for name in {heavy} if name in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed == "[]\n"
