@@ -119,9 +119,7 @@ class TrainingRecord:
         """One line per loader, and one that names the file."""
         if not self._loaders:
             in_here = os.environ.get("nnUNet_n_proc_DA") == "0"  # noqa: SIM112 - nnU-Net's spelling
-            way = (
-                "in the training process itself (nnUNet_n_proc_DA=0)" if in_here else "without workers of SafeLoader's"
-            )
+            way = "in the training process itself (nnUNet_n_proc_DA=0)" if in_here else "without SafeLoader's workers"
             return [f"SafeLoader: batches were made {way}"]
         lines = []
         for name, loader in self._loaders.items():

@@ -10,8 +10,10 @@ trains. Each rank writes what it has seen into `FOLDER/rank0.json`, `rank1.json`
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,6 @@ import torch
 from torch import distributed, multiprocessing
 
 from safeloader.nnunet.short import ShortTraining
-from safeloader.testing import Killer
 from tests.streams import digest
 
 RANKS = 2
@@ -39,6 +40,7 @@ class Witness(ShortTraining):
         self.seen: list[str] = []
         self.validated = 0
         self.struck: list[str] = []
+        self.pids: list[int] = []
         super().initialize()
 
     def train_step(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -46,9 +48,17 @@ class Witness(ShortTraining):
         self.hang_most_s = self.dataloader_train._pool.machine.limits.hang.most_s
         number = STRIKES.get(len(self.seen))
         if number is not None and self.local_rank == DISTURBED:
-            assert Killer(self.dataloader_train, seed=len(self.seen), signals=[number]).strike()
-            self.struck.append(number.name)
+            self.strike(number)
+        if len(self.seen) > min(at for at, deed in STRIKES.items() if deed is signal.SIGSTOP):
+            time.sleep(HANG_S / 2)  # as long as a step on a larger network: the hang is found while there are some
         return super().train_step(batch)
+
+    def strike(self, number: signal.Signals) -> None:
+        """The first that was not struck before: tickets go to the first who idles, so a stopped one is missed."""
+        free = [worker.pid for worker in self.dataloader_train.workers() if worker.pid not in (None, *self.pids)]
+        os.kill(free[0], number)
+        self.pids.append(free[0])
+        self.struck.append(number.name)
 
     def validation_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         self.validated += 1

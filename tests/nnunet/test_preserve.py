@@ -92,6 +92,9 @@ def make(
 ) -> Iterator[Callable[..., Any]]:
     """Makes trainers with the same weights; all in one workspace, unless they are given another."""
     threads = torch.get_num_threads()
+    for number in SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:  # the tests were started by nohup, and what is ignored stays so
+            signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)  # several would spin while they wait for each other, and take longer
     monkeypatch.setattr(sys, "argv", COMMAND)
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
