@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +29,13 @@ def _our_safeloader_in_subprocesses() -> None:
     """Nnu-Net's commands find the SafeLoader under test, installed or not."""
     package = str(Path(safeloader.__file__).parents[1])
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_tracker_stays() -> Iterator[None]:
+    """What nnU-Net spawns has Python start a process that stays; tests that count children come later."""
+    yield
+    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="session")
