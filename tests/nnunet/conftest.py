@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -35,7 +36,10 @@ def _our_safeloader_in_subprocesses() -> None:
 def _no_tracker_stays() -> Iterator[None]:
     """What nnU-Net spawns has Python start a process that stays; tests that count children come later."""
     yield
-    resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
+    tracker = resource_tracker._resource_tracker  # type: ignore[attr-defined]
+    if tracker._pid is not None:
+        os.kill(tracker._pid, signal.SIGKILL)  # else it stays as long as anybody has inherited its pipe
+    tracker._stop()
 
 
 @pytest.fixture(scope="session")
