@@ -190,6 +190,14 @@ CASES: list[tuple[str, dict[str, Any], str, Verdict, str, str]] = [
         "pip install 'torch!=2.9.*'",
     ),
     (
+        "old nnU-Net",
+        {"versions": {"nnunetv2": "2.4.2"}},
+        "versions",
+        Verdict.WARNING,
+        "nnunetv2 2.4.2 is older than what SafeLoader works with (2.5); nnunetv2 2.4.2",
+        "pip install -U nnunetv2",
+    ),
+    (
         "old threadpoolctl",
         {"versions": {"nnunetv2": "2.8.1", "threadpoolctl": "2.2.0"}},
         "versions",

@@ -159,6 +159,7 @@ class _Bad:
 
 
 _BAD: Final = (
+    _Bad("nnunetv2", (0,), (2, 5), "is older than what SafeLoader works with (2.5)", "pip install -U nnunetv2"),
     _Bad(
         "torch",
         (2, 9),
