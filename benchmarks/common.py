@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import importlib.metadata
 import json
 import os
 import platform
@@ -32,6 +31,8 @@ import psutil
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from safeloader.report.versions import versions_of
 
 Size = int | float | str
 RowT = TypeVar("RowT")
@@ -236,13 +237,6 @@ def machine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load_at_the_end": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
-        **{package: version for package in VERSIONS if (version := _version(package)) is not None},
+        **versions_of(*VERSIONS),
         "commit": commit.stdout.strip() or None,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -82,7 +82,7 @@ def _check_files(trainer: Any) -> bool:
     try:
         names = sorted(cases.dataset_of(expected).identifiers)
         ledger = Ledger(folder.parent / LEDGER.format(folder.name), expected)
-        files = {name: cases.files_of(expected, name) for name in names}
+        files = cases.files_of(expected, names)
     except OSError as error:
         raise ConfigError(f"{error.filename or folder} can't be read: {error.strerror}") from error
     todo = [name for name in names if not ledger.has(name, files[name])]

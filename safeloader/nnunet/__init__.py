@@ -16,6 +16,7 @@
     history.py    safeloader_epochs.jsonl: a line per epoch, for `safeloader report`
     install.py    puts shim/ where nnU-Net looks for trainers
     shim/         the module of a few lines that leads nnU-Net to the trainers
+    apart.py      processes to which a command leaves what may crash or hang
     stock.py check/ bench/ probe.py   what the commands check, bench and doctor look at
     brain.py kinds.py workspace.py short.py    small datasets of each kind and short trainings: for the demo, the tests
 

@@ -7,10 +7,8 @@ from 2.7 on), and, if `SAFELOADER_PROMETHEUS` names a file, to Prometheus.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
-from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +21,7 @@ from safeloader.nnunet.upstream import Trainer
 from safeloader.report import prometheus
 from safeloader.report.atomic import write_atomically
 from safeloader.report.journal import Journal
+from safeloader.report.versions import versions_of
 from safeloader.runner import PoolRunner
 
 EPOCHS_FILE: Final = "safeloader_epochs.jsonl"
@@ -100,7 +99,7 @@ def _start(trainer: str, epoch: int, device: str) -> dict[str, Any]:
         "at": _now(),
         "epoch": epoch,
         "trainer": trainer,
-        "versions": {"python": platform.python_version(), **dict(_versions())},
+        "versions": {"python": platform.python_version(), **versions_of(*_PACKAGES)},
         "machine": {
             "host": platform.node(),
             "device": _device(device),
@@ -108,14 +107,6 @@ def _start(trainer: str, epoch: int, device: str) -> dict[str, Any]:
             "memory": "unknown" if memory is None else memory.reason,
         },
     }
-
-
-def _versions() -> Iterator[tuple[str, str]]:
-    for package in _PACKAGES:
-        try:
-            yield package, importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
 
 
 def _device(name: str) -> str:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 from collections.abc import Callable
 from typing import Any, Final, TextIO
+
+from safeloader.nnunet.apart import answers
 
 
 def torch_step() -> dict[str, Any]:
@@ -90,9 +91,7 @@ def main() -> None:
     parser.add_argument("trainer")
     parser.add_argument("--deep", action="store_true")
     arguments = parser.parse_args()
-    # nnU-Net prints while it searches; what is printed by others must not come between our lines.
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as lines:
-        os.dup2(2, 1)
+    with answers() as lines:
         _take("torch", torch_step, lines)
         _take("blosc2", blosc2_step, lines)
         _take("trainer", lambda: trainer_step(arguments.trainer), lines)

@@ -82,7 +82,7 @@ class _Spawned:
         code = self._popen.poll()
         if code is None:
             return None
-        return ProcessExit.from_wait_status(-code if code < 0 else code << 8)
+        return ProcessExit.from_returncode(code)
 
 
 class _Forked:

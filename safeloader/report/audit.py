@@ -17,11 +17,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
 from safeloader.report.journal import Journal
+from safeloader.report.versions import version_of
 
 FORMAT: Final = 1
 """Of the lines; stands in each header as `audit`."""
@@ -70,7 +70,7 @@ class Audit:
         path = Path(folder) / audit_file(header.pool)
         self._journal = Journal(path, what="a delivered batch", max_queued=MAX_QUEUED, disk_free=False)
         self._made: dict[int, dict[str, Any]] = {}
-        versions = {package: _version(package) for package in VERSIONS}
+        versions = {package: version_of(package) for package in VERSIONS}
         at = datetime.now().astimezone().isoformat(timespec="seconds")
         self._journal.write({"audit": FORMAT, **asdict(header), **versions, "at": at})
 
@@ -90,10 +90,3 @@ class Audit:
 
 def _encoded(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:  # a checkout that is only on `sys.path`
-        return None

@@ -8,11 +8,11 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
 from safeloader.cli.demo.training import Run
+from safeloader.report.versions import version_of
 
 EVENTS_FILE: Final = "events.csv"
 RESULTS_FILE: Final = "results.json"
@@ -70,7 +70,7 @@ def write_results(path: Path, runs: Sequence[Run], *, device: str, seconds: floa
         "device": device,
         "cpus": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in ("safeloader", "nnunetv2", "batchgenerators", "torch")},
+        "versions": {name: version_of(name) for name in ("safeloader", "nnunetv2", "batchgenerators", "torch")},
         "runs": [_summary(run) for run in runs],
     }
     path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
@@ -89,10 +89,3 @@ def _summary(run: Run) -> dict[str, Any]:
         "last_words": run.last_words,
         "report": run.report,
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -6,7 +6,6 @@ time limit. All else is read from `/proc`, `/sys` and the environment.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import resource
 import shutil
@@ -27,6 +26,7 @@ from safeloader.faults.cgroups import folders, parse_nbytes, read
 from safeloader.faults.cpus import CpuBudget, available_cpus
 from safeloader.faults.memory import MemoryBudget, available
 from safeloader.nnunet.install import SHIM_NAME, variants_folder
+from safeloader.report.versions import versions_of
 
 PACKAGES: Final = (
     "safeloader",
@@ -145,7 +145,7 @@ class Facts:
         with ThreadPoolExecutor() as others:
             probed = others.submit(probe, trainer, deep=deep, timeout_s=timeout_s)
             complaints = others.submit(pip_complaints, timeout_s)
-        compiler = environ.get("CC") or next((name for name in ("gcc", "cc", "clang") if shutil.which(name)), "")
+        compilers = [environ["CC"]] if environ.get("CC") else ["gcc", "cc", "clang"]
         return cls(
             trainer=trainer,
             environ=environ,
@@ -155,10 +155,10 @@ class Facts:
             private_ipc=_private_ipc(system),
             container=_container(environ, system),
             limits=_limits(system),
-            versions=dict(filter(None, map(_version, PACKAGES))),
+            versions=versions_of(*PACKAGES),
             complaints=complaints.result(),
             folders={name: _folder(environ[name]) for name in NNUNET_FOLDERS if environ.get(name)},
-            compiler=shutil.which(compiler) or "" if compiler else "",
+            compiler=next(filter(None, map(shutil.which, compilers)), ""),
             headers=(Path(sysconfig.get_paths()["include"]) / "Python.h").is_file(),
             compile_cache=_folder(environ.get("TORCHINDUCTOR_CACHE_DIR") or tempfile.gettempdir()),
             driver=_driver(read(system / "proc/driver/nvidia/version")),
@@ -172,13 +172,6 @@ def _shim(environ: Mapping[str, str]) -> str:
     with suppress(SafeLoaderError):
         named.append(variants_folder())
     return next((str(folder / SHIM_NAME) for folder in named if (folder / SHIM_NAME).is_file()), "")
-
-
-def _version(package: str) -> tuple[str, str] | None:
-    try:
-        return package, importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _mounted(path: Path) -> Mounted | None:

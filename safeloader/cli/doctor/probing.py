@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import safeloader
+from safeloader.nnunet import apart
 
 
 @dataclass(frozen=True)
@@ -34,17 +32,14 @@ class Probed:
 
 def probe(trainer: str, *, deep: bool, timeout_s: float) -> Probed:
     """Let another process import torch, blosc2 and nnU-Net, and find the trainer."""
-    command = [sys.executable, "-m", "safeloader.nnunet.probe", trainer, *(["--deep"] if deep else [])]
-    package = str(Path(safeloader.__file__).parents[1])
-    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     ended = ""
     try:
         done = subprocess.run(
-            command,
+            apart.command("safeloader.nnunet.probe", trainer, *(["--deep"] if deep else [])),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
+            env=apart.environment(),
             timeout=timeout_s,
             check=False,
         )

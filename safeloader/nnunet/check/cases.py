@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -13,6 +13,10 @@ OUTSIDE: Final = -1
 """What nnU-Net's preprocessing writes into the segmentation where the image is empty."""
 _NEEDED: Final = ("class_locations", "spacing", "shape_before_cropping", "bbox_used_for_cropping")
 """Properties that training or validation looks up."""
+
+
+Files = dict[str, list[int]]
+"""Size (bytes) and time of the last change (ns) of each file of a case, by name."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +63,17 @@ def dataset_of(expected: Expected) -> Any:
     return infer_dataset_class(expected.folder)(expected.folder)
 
 
-def files_of(expected: Expected, case: str) -> dict[str, tuple[int, int]]:
-    """Size (bytes) and time of the last change (ns) of each file of a case, by name."""
-    found = {}
-    for path in sorted(Path(expected.folder).glob(f"{glob_escape(case)}*")):
-        if path.name[len(case) :].removeprefix("_seg").startswith("."):
-            stat = path.stat()
-            found[path.name] = (stat.st_size, stat.st_mtime_ns)
+def files_of(expected: Expected, cases: Collection[str]) -> dict[str, Files]:
+    """The files of each case: the folder is listed once, however many cases there are."""
+    found: dict[str, Files] = {case: {} for case in cases}
+    with os.scandir(expected.folder) as entries:
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            name = os.path.splitext(entry.name)[0]
+            case = name if name in found else name.removesuffix("_seg")
+            if case in found:
+                stat = entry.stat()
+                found[case][entry.name] = [stat.st_size, stat.st_mtime_ns]
     return found
-
-
-def glob_escape(name: str) -> str:
-    """A case's name may hold what a pattern means something by."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def problems(dataset: Any, case: str, expected: Expected) -> list[str]:

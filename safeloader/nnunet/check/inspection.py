@@ -9,19 +9,16 @@
 from __future__ import annotations
 
 import json
-import os
 import selectors
 import subprocess
-import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
-import safeloader
 from safeloader.faults.exits import ProcessExit
+from safeloader.nnunet import apart
 from safeloader.nnunet.check.cases import Expected
 
 TIMEOUT_S: Final = 600.0
@@ -47,14 +44,12 @@ class _Reader:
     process: subprocess.Popen[bytes] = field(init=False)
 
     def __post_init__(self) -> None:
-        package = str(Path(safeloader.__file__).parents[1])
-        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "safeloader.nnunet.check.reader"],
+            apart.command("safeloader.nnunet.check.reader"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             # One thread each, as a worker: there is one for each CPU.
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "BLOSC_NTHREADS": "1"},
+            env=apart.environment(OMP_NUM_THREADS="1", BLOSC_NTHREADS="1"),
         )
         self._say(asdict(self.expected))
 

@@ -7,15 +7,14 @@ preprocessed files. A case counts as long as its files have the same size and ti
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safeloader.nnunet.check.cases import Expected
+from safeloader.nnunet.check.cases import Expected, Files
+from safeloader.report import journal
 from safeloader.report.atomic import write_atomically
-
-Files = dict[str, tuple[int, int]]
-"""See `cases.files_of`."""
 
 
 class Ledger:
@@ -26,24 +25,14 @@ class Ledger:
         self._path = path
         self._expected = json.loads(json.dumps(asdict(expected)))
         self._good: dict[str, Any] = {}
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            text = ""
-        for line in text.splitlines():
-            self._read(line)
-
-    def _read(self, line: str) -> None:
-        try:
-            entry = json.loads(line)
-            if entry["expected"] == self._expected:
-                self._good[entry["case"]] = entry["files"]
-        except (ValueError, KeyError, TypeError):
-            return
+        with suppress(FileNotFoundError):
+            for entry in journal.read(path):
+                if entry.get("expected") == self._expected and "case" in entry:
+                    self._good[entry["case"]] = entry.get("files")
 
     def has(self, case: str, files: Files) -> bool:
         """Whether this case was found good, and its files have not changed since."""
-        return bool(self._good.get(case) == json.loads(json.dumps(files)))
+        return bool(self._good.get(case) == files)
 
     def add(self, case: str, files: Files) -> None:
         """This case is good.

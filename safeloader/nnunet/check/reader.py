@@ -6,10 +6,10 @@ Lines of JSON: on stdin first what is expected, then a case each; on stdout a li
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
+from safeloader.nnunet.apart import answers
 from safeloader.nnunet.check.cases import Expected, dataset_of, problems
 from safeloader.pool.process import leave_interrupts_to_trainer
 
@@ -17,13 +17,11 @@ from safeloader.pool.process import leave_interrupts_to_trainer
 def main() -> None:
     """Read until stdin ends."""
     leave_interrupts_to_trainer()
-    # nnU-Net prints when it is imported; what is printed by others must not come between our lines.
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
-        os.dup2(2, 1)
+    with answers() as lines:
         expected = _expected(json.loads(sys.stdin.readline()))
         dataset = dataset_of(expected)
         for line in sys.stdin:
-            print(json.dumps(_look_at(dataset, json.loads(line), expected)), file=answers, flush=True)
+            print(json.dumps(_look_at(dataset, json.loads(line), expected)), file=lines, flush=True)
 
 
 def _look_at(dataset: Any, case: str, expected: Expected) -> list[str]:

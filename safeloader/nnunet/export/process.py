@@ -222,9 +222,7 @@ class ExportProcess:
             self._popen.kill()
             self._waited(_END_S)
         code = self._popen.returncode
-        if code is None:
-            return ProcessExit()
-        return ProcessExit.from_wait_status(-code if code < 0 else code << 8)
+        return ProcessExit() if code is None else ProcessExit.from_returncode(code)
 
     def _waited(self, timeout_s: float) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
