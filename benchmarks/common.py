@@ -77,7 +77,10 @@ class Benchmark(ABC, Generic[RowT]):
 
     @abstractmethod
     def cases(self, sizes: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What is measured in each round, in this order: the arguments of `measure`, ready for JSON."""
+        """What is measured in each round, in this order: the arguments of `measure`, ready for JSON.
+
+        `rounds` among them is how many rounds this case has, if it is to have fewer than others, and no argument.
+        """
 
     @abstractmethod
     def measure(self, number: int, **case: Any) -> list[RowT]:
@@ -134,6 +137,8 @@ class Benchmark(ABC, Generic[RowT]):
         rows: list[RowT] = []
         for number in range(int(sizes["rounds"])):
             for case in self.cases(sizes):
+                if number >= case.pop("rounds", sizes["rounds"]):
+                    continue
                 for found in _in_a_fresh_process(self.name, {"number": number, **case}):
                     rows.append(self.row(**found))
                     print(rows[-1], flush=True)

@@ -1,6 +1,6 @@
 """On a GPU: how fast batches get to it from memory of each kind, and what nnU-Net's epochs take.
 
-    python -m benchmarks.gpu [--rounds 5] [--configurations 3d_fullres] [--workers 12] [--epochs 5] [--iterations 250]
+    python -m benchmarks.gpu [--rounds 5] [--epoch_rounds 5] [--configurations 3d_fullres] [--workers 12] [--epochs 5]
 
 * To the device: batches of 26 MB, copied with `non_blocking=True`. From pageable memory; from ordinary pinned memory,
   which is the bound; from the stock class, which copies each batch into pinned memory first; from SafeLoader, which
@@ -71,11 +71,11 @@ class Gpu(Benchmark[Row]):
     row = Row
     full: ClassVar[Mapping[str, Size]] = {
         "rounds": 5, "device": "cuda", "batches": 300, "workers": 12, "configurations": "3d_fullres",
-        "epochs": 5, "iterations": 250, "val_iterations": 50,
+        "epoch_rounds": 5, "epochs": 5, "iterations": 250, "val_iterations": 50,
     }  # fmt: skip
     tiny: ClassVar[Mapping[str, Size]] = {
         "rounds": 1, "batches": 5, "workers": 2, "configurations": SMALL_CONFIGURATION,
-        "epochs": 2, "iterations": 3, "val_iterations": 1,
+        "epoch_rounds": 1, "epochs": 2, "iterations": 3, "val_iterations": 1,
     }  # fmt: skip
     _device = "cuda"
 
@@ -119,6 +119,7 @@ class Gpu(Benchmark[Row]):
                 "device": device,
                 "workers": workers,
                 "length": length,
+                "rounds": sizes["epoch_rounds"],
             }
             for load in loads.names(sizes["configurations"])
             for trainer in trainers

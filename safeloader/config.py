@@ -159,7 +159,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "audit": Option(
         False, bool, "write a line with a checksum per delivered batch into the folder, for `safeloader audit`"
     ),
-    "pin": Option(Pin.COPY, Pin, "how `pin_memory=True` is done: copy, or register the slots with CUDA"),
+    "pin": Option(Pin.REGISTER, Pin, "how `pin_memory=True` is done: register the slots with CUDA, or copy"),
 }
 
 _TRUTHS: Final = {"1": True, "true": True, "0": False, "false": False}

@@ -51,6 +51,10 @@ class UnavailableError(RuntimeError):
     """Slots can't be registered in this process; the text says why, and what to do."""
 
 
+class NoDeviceError(UnavailableError):
+    """There is no CUDA: nothing is pinned, as with `torch.Tensor.pin_memory` nothing could be."""
+
+
 class CudaError(RuntimeError):
     """A call of the driver failed.
 
@@ -218,11 +222,12 @@ def start() -> CudaDriver:
     """The driver, once torch has begun to use CUDA; torch does so here if it has not, as `pin_memory()` would.
 
     Raises:
-        UnavailableError: there is no CUDA, or a driver that is too old.
+        NoDeviceError: there is no CUDA.
+        UnavailableError: the driver is too old, or refuses.
         RuntimeError: torch's own, if it can't use CUDA.
     """
     if not torch.cuda.is_available():
-        raise UnavailableError("torch finds no CUDA device")
+        raise NoDeviceError("torch finds no CUDA device")
     torch.empty(1).pin_memory()  # torch chooses the device, and initialises it
     try:
         return CudaDriver(ctypes.CDLL(LIBRARY))

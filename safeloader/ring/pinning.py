@@ -49,7 +49,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 
 from safeloader.ring import codec, cuda_driver
-from safeloader.ring.cuda_driver import CudaError, UnavailableError
+from safeloader.ring.cuda_driver import CudaError, NoDeviceError, UnavailableError
 from safeloader.ring.lease import Lease
 from safeloader.ring.memfile import MemoryFile
 
@@ -223,6 +223,8 @@ class Pinning:
         if self._driver is None and self._given_up is None:
             try:
                 self._driver = self._start()
+            except NoDeviceError as error:
+                self._given_up = str(error)  # without a line: no copies are made instead either
             except UnavailableError as error:
                 self._give_up(str(error))
         return self._driver if self._given_up is None else None

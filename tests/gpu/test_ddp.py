@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,6 @@ import torch
 
 from safeloader.cli.demo.killing import Killer
 from safeloader.cli.demo.processes import CommandProcess, tail
-from safeloader.nnunet.brain import DATASET_NAME, write_dataset
 from safeloader.nnunet.short import SAFE_TRAINER, read_steps, write_trainers
 from safeloader.nnunet.workspace import Workspace
 
@@ -24,17 +23,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    workspace = Workspace(tmp_path_factory.mktemp("brain"), DATASET_NAME)
-    write_dataset(workspace.raw, cases=5, resolution_mm=6)
-    subprocess.run(workspace.preprocess_command(), env=workspace.environment(), check=True, timeout=240)
-    workspace.add_small_configuration(patch=(24, 32, 24), features=(4, 8, 16))
+def test_all_ranks_train_on_while_workers_are_killed(brain: Workspace, tmp_path: Path) -> None:
+    workspace = replace(brain, folder=tmp_path)
+    workspace.raw.symlink_to(brain.raw)
+    workspace.preprocessed.symlink_to(brain.preprocessed)
     write_trainers(workspace.trainers, epochs=EPOCHS, iterations=ITERATIONS, val_iterations=VAL_ITERATIONS)
-    return workspace
-
-
-def test_all_ranks_train_on_while_workers_are_killed(workspace: Workspace, tmp_path: Path) -> None:
     command = workspace.train_command(SAFE_TRAINER, "-num_gpus", str(GPUS), device="cuda")
     output, log = workspace.output_folder(SAFE_TRAINER), tmp_path / "console.log"
     with CommandProcess(command, workspace.environment(), log) as training:

@@ -23,7 +23,13 @@ from safeloader.pool import events
 from safeloader.pool.consumer import Consumer
 from safeloader.pool.slots import Slots, SlotState
 from safeloader.ring import codec, cuda_driver
-from safeloader.ring.cuda_driver import CAPTURE_UNSUPPORTED, CudaDriver, CudaError, UnavailableError
+from safeloader.ring.cuda_driver import (
+    CAPTURE_UNSUPPORTED,
+    CudaDriver,
+    CudaError,
+    NoDeviceError,
+    UnavailableError,
+)
 from safeloader.ring.memfile import MemoryFile
 from safeloader.ring.pinning import Pinning
 from safeloader.testing import wait_until
@@ -336,13 +342,17 @@ def test_a_capture_that_was_not_seen_is_broken_once(ring: Ring, caplog: pytest.L
 # ---- what can fail ----
 
 
-def test_without_cuda_nothing_is_lent_and_one_line_says_so(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("error", "lines"), [(UnavailableError, 1), (NoDeviceError, 0)])
+def test_without_cuda_nothing_is_lent(
+    error: type[UnavailableError], lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A driver that can't do it is worth a line; without a GPU, nobody expects pinned memory."""
     ring = Ring(slots=4, max_leases=2)
     asked = []
 
     def start() -> FakeCuda:
         asked.append(1)
-        raise UnavailableError("there is none")
+        raise error("there is none")
 
     ring.pinning._start = start
     for _ in range(3):
@@ -351,7 +361,8 @@ def test_without_cuda_nothing_is_lent_and_one_line_says_so(caplog: pytest.LogCap
         ring.settle()
     ring.close()
     assert ring.cuda.calls == [] and len(asked) == 1
-    assert len(caplog.records) == 1 and "(pin=register): there is none." in caplog.text
+    assert len(caplog.records) == lines
+    assert all("(pin=register): there is none." in record.getMessage() for record in caplog.records)
 
 
 def test_when_registering_fails_what_is_registered_is_still_fenced(
@@ -491,8 +502,8 @@ def test_a_forked_child_uses_nothing_of_cuda(ring: Ring) -> None:
 
 
 def test_the_option() -> None:
-    assert resolve({}, {}).pin is Pin.COPY
-    assert resolve({}, {"SAFELOADER_PIN": "register"}).pin is Pin.REGISTER
+    assert resolve({}, {}).pin is Pin.REGISTER
+    assert resolve({}, {"SAFELOADER_PIN": "copy"}).pin is Pin.COPY
 
 
 # ---- the driver, over a library that only keeps books ----
