@@ -222,8 +222,10 @@ class Consumer:
     def _wait_for(self, ticket: int) -> _ReadyBatch:
         started = time.monotonic()
         said = False
-        if self._ended and self.wants_slots and ticket not in self._ready:
-            self.wake()  # once a wait, not once a ring: a lease's alarm may have got lost before it
+        if self.wants_slots and ticket not in self._ready:
+            # Once a wait, not once a ring: a lease's alarm may have got lost before it; and as long as this ticket
+            # holds up others, work need not wait for a slot.
+            self.wake()
         self.waiting = ticket, started
         try:
             while (ready := self._ready.get(ticket)) is None:

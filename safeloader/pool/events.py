@@ -110,9 +110,10 @@ class Grown:
 
 @dataclass(frozen=True)
 class Budget:
-    """Memory allows this many workers at a time."""
+    """Memory allows this many workers at a time, and so many slots of the reserve."""
 
     workers: int
+    reserve: int = 0
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,7 @@ class Lane:
 
     def lose(self, ticket: int, again_at: float) -> None:
         """The ticket must be made again; the second time it is named, only the time changes."""
+        self.slots.lost(ticket)
         if ticket not in self._later and ticket in self._lost:
             self._lost.remove(ticket)
             heapq.heapify(self._lost)
@@ -78,12 +79,12 @@ class Lane:
     def has_new(self) -> bool:
         """Whether a new ticket may be given out: there is a slot for it beside those that are kept for lost ones."""
         waits = self.ordered and (self._lost or self._later)
-        return not waits and self.slots.obtainable > len(self._lost) + len(self._later)
+        return not waits and self.slots.room > len(self._lost) + len(self._later)
 
     @property
     def waiting(self) -> int:
-        """How many tickets could be given out now, lost and new ones: each has a slot."""
-        return self.slots.obtainable - len(self._later)
+        """How many tickets could be given out now, lost and new ones: each has a slot, and none of the reserve."""
+        return max(len(self._lost), self.slots.usual - len(self._later))
 
     def clear(self) -> None:
         """Nothing is made any more."""

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from safeloader.faults import memory
 from safeloader.faults.cgroups import read
@@ -96,14 +96,27 @@ def _kills(before: memory.OomCounters, after: memory.OomCounters) -> int:
 
 @dataclass(frozen=True)
 class Ring:
-    """A pool's slots: what they take now, and what they will with all of them as large as the largest."""
+    """A pool's slots: what they take now, and what they will with all of them as large as the largest.
+
+    Attributes:
+        slot_nbytes: the largest one. full_nbytes: all, without the reserve.
+    """
 
     now_nbytes: int
+    slot_nbytes: int
     full_nbytes: int
 
 
-def fit(pid: int, ring: Ring, wanted: int) -> tuple[int, str] | None:
-    """How many workers like this one fit, and why; None if that can't be told, for example because it is gone.
+class Fit(NamedTuple):
+    """How many workers fit beside the ring, how many slots of the reserve beside all of them, and why."""
+
+    workers: int
+    reserve: int
+    reason: str
+
+
+def fit(pid: int, ring: Ring, wanted: int, reserve: int) -> Fit | None:
+    """How many workers like this one fit, and slots of the reserve; None if that can't be told: it is gone, perhaps.
 
     It may block: `smaps` takes the lock of the process's address space, which one that waits for storage may hold.
     """
@@ -113,8 +126,11 @@ def fit(pid: int, ring: Ring, wanted: int) -> tuple[int, str] | None:
         return None
     left_nbytes = budget.nbytes + own_nbytes + ring.now_nbytes  # what is taken already belongs to it
     workers = memory.workers_that_fit(left_nbytes, each_nbytes, ring.full_nbytes, wanted)
+    # Half of what is left: other loaders ask for it at the same time, those of validation first of all.
+    spare_nbytes = (left_nbytes - workers * each_nbytes - ring.full_nbytes) // 2
+    spare = max(0, min(reserve, spare_nbytes // max(1, ring.slot_nbytes)))
     sizes = f"a worker takes {each_nbytes / 2**30:.2f} GiB and the ring {ring.full_nbytes / 2**30:.2f} GiB"
-    return workers, f"{sizes}, and {budget.reason}"
+    return Fit(workers, spare, f"{sizes}, and {budget.reason}")
 
 
 class MemoryWatch:

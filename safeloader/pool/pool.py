@@ -33,7 +33,7 @@ from safeloader.pool.events import Cause, Why
 from safeloader.pool.failure import FailureRecord
 from safeloader.pool.launch import ForkRequest
 from safeloader.pool.life import Life, absent
-from safeloader.pool.memory_watch import MemoryWatch, OomWatch, Ring, fit, growth_nbytes
+from safeloader.pool.memory_watch import Fit, MemoryWatch, OomWatch, Ring, fit, growth_nbytes
 from safeloader.pool.relay import Relay
 from safeloader.pool.work import Work
 from safeloader.report import log
@@ -443,17 +443,17 @@ class Pool:
         self._to_measure -= 1
         largest_nbytes = max(slot.nbytes for slot in self._slots.values())
         now_nbytes = sum(os.fstat(slot.fd).st_blocks * 512 for slot in self._slots.values())
-        ring, wanted = Ring(now_nbytes, largest_nbytes * self.machine.limits.slots), self.machine.limits.workers
-        host = self._the_host
+        limits, host = self.machine.limits, self._the_host
+        ring = Ring(now_nbytes, largest_nbytes, largest_nbytes * limits.slots)
 
         def measure() -> None:
-            host.post(functools.partial(self._on_measured, fit(maker, ring, wanted)))
+            host.post(functools.partial(self._on_measured, fit(maker, ring, limits.workers, limits.reserve)))
 
         if not Errand("safeloader-measure", measure).go():  # no thread to be had
             host.post(functools.partial(self._on_measured, None))
 
-    def _on_measured(self, fitting: tuple[int, str] | None) -> None:
-        """So many workers fit, and why."""
+    def _on_measured(self, fitting: Fit | None) -> None:
+        """So much fits."""
         with self.lock:
             self._measuring = False
             if self.machine.state is not machine.PoolState.RUNNING:
@@ -462,12 +462,12 @@ class Pool:
             if fitting is None:
                 if self._to_measure:  # the next batch's maker may still be there
                     return
-                fitting = (wanted, "")
+                fitting = Fit(wanted, self.machine.limits.reserve, "")
             self._to_measure = 0
-            workers, reason = fitting
-            if workers < wanted:
-                self._note(records.resized(self.name, events.Resize(workers, wanted, Why.MEMORY), reason))
-            self.step(events.Budget(workers))
+            if fitting.workers < wanted:
+                resize = events.Resize(fitting.workers, wanted, Why.MEMORY)
+                self._note(records.resized(self.name, resize, fitting.reason))
+            self.step(events.Budget(fitting.workers, fitting.reserve))
 
     def _produce(self, life: Life, ticket: int, slot: int, attempt: int) -> None:
         fds = [] if slot in life.known_slots else [self._slots[slot].fd]

@@ -5,6 +5,11 @@
       └─────────────────────┘   (discarded instead if nobody can prove that the worker writes no more)
 
 A slot has one owner at any time, and only a FREE or FILLING slot is written to.
+
+Tickets are taken in order, so one that takes long holds up those that are READY behind it. A ring that is full of them
+would leave workers idle until it comes, while the consumer waits. So while a ticket holds up others, and only then, new
+tickets may have slots of a reserve. Not while one was lost and is made again: what fails is soon found out, and a ring
+full of failures would look like an outage of the storage. Once made, the slots stay, for the next time.
 """
 
 from __future__ import annotations
@@ -33,10 +38,24 @@ class Slot:
 
 
 class Slots:
-    """The slots of a lane, at most `limit` at a time; no id (`first`, `first` + `step`, …) is ever used again."""
+    """The slots of a lane; no id (`first`, `first` + `step`, …) is ever used again.
 
-    def __init__(self, limit: int, first: int = 0, step: int = 1) -> None:
+    Args:
+        limit: how many are in use at a time, if nothing is held up.
+        first: the first slot's id. step: from one id to the next, and from one ticket of the lane to the next.
+        reserve: how many more there are at most.
+        ticket: the first that will be taken.
+
+    Attributes:
+        reserve: how many more there may be now, while a ticket holds up others; 0 until somebody sets it.
+    """
+
+    def __init__(self, limit: int, first: int = 0, step: int = 1, *, reserve: int = 0, ticket: int = 0) -> None:
+        self.reserve = 0
         self._limit = limit
+        self._most = limit + reserve
+        self._to_take = ticket
+        self._again: set[int] = set()  # tickets that were lost, until they are READY
         self._slots: dict[int, Slot] = {}
         self._free: dict[int, None] = {}  # those of them that are FREE, the last one to become it last
         self._ready: dict[int, int] = {}  # those of them that are READY, by ticket
@@ -57,14 +76,33 @@ class Slots:
 
     @property
     def obtainable(self) -> int:
-        """How many slots are free, or could be made."""
-        return len(self._free) + self._limit - len(self._slots)
+        """How many slots are free, or could be made: what tickets that were given out before can count on."""
+        return self._most - self._in_use
+
+    @property
+    def usual(self) -> int:
+        """How many a new ticket may have, if nothing is held up."""
+        return max(0, self._limit - self._in_use)
+
+    @property
+    def room(self) -> int:
+        """How many a new ticket may have now."""
+        return max(0, self._limit + (self.reserve if self._held_up else 0) - self._in_use)
+
+    @property
+    def _held_up(self) -> bool:
+        """Whether batches are READY, and the one that must be taken before them takes long: no other reason."""
+        return bool(self._ready) and self._to_take not in self._ready and not self._again
+
+    @property
+    def _in_use(self) -> int:
+        return len(self._slots) - len(self._free)
 
     def obtain(self) -> tuple[int, bool] | None:
         """A free slot, the last one used if possible, and whether it was made just now; None if there is none."""
         if self._free:
             return next(reversed(self._free)), False
-        if len(self._slots) >= self._limit:
+        if len(self._slots) >= self._most:
             return None
         slot_id, self._next = self._next, self._next + self._step
         self.free(slot_id)
@@ -75,8 +113,13 @@ class Slots:
         self._free.pop(slot)
         self._slots[slot] = Slot(SlotState.FILLING, worker, ticket)
 
+    def lost(self, ticket: int) -> None:
+        """The ticket must be made again."""
+        self._again.add(ticket)
+
     def ready(self, slot: int, ticket: int) -> None:
         """FILLING → READY."""
+        self._again.discard(ticket)
         self._slots[slot] = Slot(SlotState.READY, ticket=ticket)
         self._ready[ticket] = slot
 
@@ -87,6 +130,7 @@ class Slots:
 
     def taken(self, ticket: int) -> None:
         """READY → LEASED; nothing if it was let go already."""
+        self._to_take = max(self._to_take, ticket + self._step)
         slot = self._ready.pop(ticket, None)
         if slot is not None:
             self._slots[slot] = Slot(SlotState.LEASED)
@@ -95,6 +139,8 @@ class Slots:
         """LEASED → FREE; also READY → FREE: it was taken and let go so quickly that `taken` is still to come."""
         known = self._slots.get(slot)
         if known is not None and known.state in (SlotState.READY, SlotState.LEASED):
+            if known.ticket is not None:
+                self._to_take = max(self._to_take, known.ticket + self._step)
             self._forget(known)
             self.free(slot)
 

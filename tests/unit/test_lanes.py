@@ -79,8 +79,9 @@ def test_in_lanes_an_oom_kill_takes_no_worker_away() -> None:
 
 
 def test_a_worker_that_is_killed_while_it_has_nothing_to_do_is_no_reason_to_go_on_without_it() -> None:
-    """The consumer is slow and the ring is full, so it makes no batch in between."""
+    """The ring is full and memory has no room for more, so it makes no batch in between."""
     machine, work = running(2, num_cached=1)
+    machine.handle(events.Budget(2, reserve=0), 0.0)
     held = [job for job in work if job.worker == 0]
     for job in [job for job in work if job.worker == 1]:
         machine.handle(events.Finished(1, 0, job.ticket, job.slot), 0.1)

@@ -137,6 +137,9 @@ class World(RuleBasedStateMachine):
         self.buried: list[tuple[int, int]] = []
         self.slots: set[int] = set()
         self.filling: dict[int, tuple[int, int]] = {}  # slot: (worker, ticket)
+        self.reserve = 0 if begin_with_one else self.limits.reserve  # slots that memory had room for, at any time
+        self.newest = -1  # ticket that was given out
+        self.lost: set[int] = set()  # tickets that are to be made again
         self.unproven: set[int] = set()  # slots in which an abandoned worker may still write
         self.delivered: dict[int, int] = {}  # ticket: slot, not taken yet
         self.raised: set[int] = set()  # tickets among them that are exceptions
@@ -198,7 +201,7 @@ class World(RuleBasedStateMachine):
             case events.CreateSlot(slot):
                 assert slot not in self.slots
                 self.slots.add(slot)
-                assert len(self.slots) <= self.limits.slots, "memory is bounded"
+                assert len(self.slots) <= self.limits.slots + self.reserve, "memory is bounded"
             case events.DiscardSlot(slot):
                 assert slot not in self.leased, "a lease is never taken away"
                 assert slot not in self.filling or self.filling[slot][0] not in self.alive
@@ -209,6 +212,7 @@ class World(RuleBasedStateMachine):
             case events.Deliver(ticket, slot, failed):
                 assert ticket not in self.delivered and self.is_to_come(ticket), "exactly once"
                 self.filling.pop(slot)
+                self.lost.discard(ticket)
                 self.delivered[ticket] = slot
                 if failed:
                     self.raised.add(ticket)
@@ -262,6 +266,15 @@ class World(RuleBasedStateMachine):
             fake.progress, fake.began = self.awake, self.now
         fake.queue.append((ticket, slot))
         self.filling[slot] = (action.worker, ticket)
+        if ticket > self.newest and len(self.in_use) > self.limits.slots:
+            assert self.reserve and not self.limits.own_lanes
+            assert self.delivered and self.next_tickets[0] not in self.delivered, "nothing is held up"
+            assert not self.lost, "what fails is found out first"
+        self.newest = max(self.newest, ticket)
+
+    @property
+    def in_use(self) -> set[int]:
+        return self.filling.keys() | self.leased | set(self.delivered.values())
 
     def goes_on(self, fake: _FakeWorker) -> None:
         """It has done one thing and begins the next."""
@@ -287,7 +300,8 @@ class World(RuleBasedStateMachine):
         self, worker: int, cause: Cause, *, proven: bool = True, counts: bool = True, case: str | None = None
     ) -> events.Exited:
         fake = self.alive.pop(worker)
-        for _, slot in fake.queue:
+        for ticket, slot in fake.queue:
+            self.lost.add(ticket)
             self.filling.pop(slot, None)
             if not proven:
                 self.unproven.add(slot)
@@ -310,6 +324,7 @@ class World(RuleBasedStateMachine):
                 if again_in_s > 0:
                     self.not_before[tickets[0]] = self.now + again_in_s
             case events.Retry(worker, incarnation, ticket, in_s):
+                self.lost.add(ticket)
                 assert self.alive[worker].incarnation == incarnation
                 self.filling = {slot: held for slot, held in self.filling.items() if held != (worker, ticket)}
                 self.not_before[ticket] = self.now + in_s
@@ -498,11 +513,12 @@ class World(RuleBasedStateMachine):
             self.feed(events.Grown(worker, fake.incarnation))
 
     @precondition(lambda self: not self.limits.own_lanes)
-    @rule(workers=st.integers(0, 6))
-    def memory_is_measured(self, workers: int) -> None:
+    @rule(workers=st.integers(0, 6), reserve=st.sampled_from([0, 1, 3, 100]))
+    def memory_is_measured(self, workers: int, reserve: int) -> None:
         self.most = max(1, min(workers, self.limits.workers))
         self.measured = True
-        self.feed(events.Budget(workers))
+        self.reserve = max(self.reserve, min(reserve, self.limits.reserve))
+        self.feed(events.Budget(workers, reserve))
         assert self.allowed <= self.most
 
     @precondition(lambda self: self.buried)
@@ -626,9 +642,8 @@ class World(RuleBasedStateMachine):
         """Somebody is on the way whenever a ticket could be made, and a worker may be started for it."""
         if self.ended or not self.resting or len(self.alive) >= self.allowed:
             return
-        used = len(self.filling.keys() | self.leased | set(self.delivered.values()))
         later = sum(at > self.now for at in self.not_before.values())
-        waiting = self.limits.slots - used - later
+        waiting = max(0, self.limits.slots - len(self.in_use) - later)
         starting = any(not fake.ready and fake.condemned is None for fake in self.alive.values())
         assert waiting == 0 or starting, f"{waiting} tickets could be made, and {self.resting} rest"
 
