@@ -7,7 +7,8 @@
   does the same (`pin="copy"`), or has registered its slots with CUDA (`pin="register"`), so that nothing is copied.
 * Epochs of real trainings on real data: nnU-Net's default trainer, and its own `nnUNetTrainerBenchmark_5epochs`, each
   with its stock loader and with SafeLoader; and `nnUNetTrainerBenchmark_5epochs_noDataLoading`, which no loader can
-  beat. All with as many workers, and with nnU-Net's own lengths: 250 batches trained on, 50 validated on.
+  beat. All with as many workers, and with nnU-Net's own lengths: 250 batches trained on, 50 validated on. `--trainers
+  "stock, benchmark;safeloader, benchmark"` runs some of them only.
 
 It uses the first GPU that torch finds, and names it. `--device cpu --tiny` trains a tiny network on the CPU instead,
 only to see that it runs: a CPU is no bound for a loader.
@@ -34,6 +35,7 @@ _H2D: Final = "to device"
 _EPOCH: Final = "epoch"
 _COPY_WORKERS: Final = 2
 _BOUND: Final = "no data loading"
+_TRAINERS: Final[Mapping[str, Sequence[str]]] = {"cuda": tuple(epochs.TRAINERS), "cpu": epochs.ON_CPU}
 _UNLIKE: Final = 1
 """Epochs at the beginning that are left out of medians: kernels are compiled and chosen in them."""
 
@@ -71,11 +73,11 @@ class Gpu(Benchmark[Row]):
     row = Row
     full: ClassVar[Mapping[str, Size]] = {
         "rounds": 5, "device": "cuda", "batches": 300, "workers": 12, "configurations": "3d_fullres",
-        "epoch_rounds": 5, "epochs": 5, "iterations": 250, "val_iterations": 50,
+        "epoch_rounds": 5, "trainers": "", "epochs": 5, "iterations": 250, "val_iterations": 50,
     }  # fmt: skip
     tiny: ClassVar[Mapping[str, Size]] = {
         "rounds": 1, "batches": 5, "workers": 2, "configurations": SMALL_CONFIGURATION,
-        "epoch_rounds": 1, "epochs": 2, "iterations": 3, "val_iterations": 1,
+        "epoch_rounds": 1, "trainers": "", "epochs": 2, "iterations": 3, "val_iterations": 1,
     }  # fmt: skip
     _device = "cuda"
 
@@ -98,7 +100,7 @@ class Gpu(Benchmark[Row]):
         """All sources of copies, then all trainers."""
         device = sizes["device"]
         sources = h2d.ON_CUDA if device == "cuda" else h2d.ON_CPU
-        trainers = epochs.TRAINERS if device == "cuda" else epochs.ON_CPU
+        trainers = sizes["trainers"].split(";") if sizes["trainers"] else _TRAINERS[device]
         workers = min(sizes["workers"], available_cpus().cpus)
         length = [sizes[name] for name in ("epochs", "iterations", "val_iterations")]
         copies = [
