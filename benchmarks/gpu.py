@@ -1,6 +1,6 @@
 """On a GPU: how fast batches get to it from memory of each kind, and what nnU-Net's epochs take.
 
-    python -m benchmarks.gpu [--rounds 5] [--epoch_rounds 5] [--configurations 3d_fullres] [--workers 12] [--epochs 5]
+    python -m benchmarks.gpu [--rounds 5] [--copy_rounds 5] [--epoch_rounds 5] [--workers 12] [--epochs 5]
 
 * To the device: batches of 26 MB, copied with `non_blocking=True`. From pageable memory; from ordinary pinned memory,
   which is the bound; from the stock class, which copies each batch into pinned memory first; from SafeLoader, which
@@ -72,11 +72,11 @@ class Gpu(Benchmark[Row]):
     name = "gpu"
     row = Row
     full: ClassVar[Mapping[str, Size]] = {
-        "rounds": 5, "device": "cuda", "batches": 300, "workers": 12, "configurations": "3d_fullres",
+        "rounds": 5, "device": "cuda", "copy_rounds": 5, "batches": 300, "workers": 12, "configurations": "3d_fullres",
         "epoch_rounds": 5, "trainers": "", "epochs": 5, "iterations": 250, "val_iterations": 50,
     }  # fmt: skip
     tiny: ClassVar[Mapping[str, Size]] = {
-        "rounds": 1, "batches": 5, "workers": 2, "configurations": SMALL_CONFIGURATION,
+        "rounds": 1, "copy_rounds": 1, "batches": 5, "workers": 2, "configurations": SMALL_CONFIGURATION,
         "epoch_rounds": 1, "trainers": "", "epochs": 2, "iterations": 3, "val_iterations": 1,
     }  # fmt: skip
     _device = "cuda"
@@ -110,6 +110,7 @@ class Gpu(Benchmark[Row]):
                 "device": device,
                 "workers": _COPY_WORKERS,
                 "batches": sizes["batches"],
+                "rounds": sizes["copy_rounds"],
             }
             for source in sources
         ]
