@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing import resource_tracker
@@ -23,6 +24,15 @@ from safeloader.nnunet.workspace import SMALL_CONFIGURATION, Workspace
 
 MakeTrainer = Callable[..., Any]
 CASES = 5  # fold 0 validates one of them
+
+FORKED = """
+import multiprocessing, sys
+from nnunetv2.experiment_planning.plan_and_preprocess_entrypoints import plan_and_preprocess_entry
+forked = multiprocessing.get_context("fork")
+multiprocessing.get_context = lambda method=None: forked
+plan_and_preprocess_entry()
+"""
+"""nnU-Net's command; each process that it would spawn imports all of it first, which takes longer than its work."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,10 +55,9 @@ def _no_tracker_stays() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def brain_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The dataset preprocessed in 2D and 3D, with the configuration `3d_small`. Train in a `make_workspace` of it."""
-    # One process: each that nnU-Net spawns imports all of it first, which takes longer than its work on this dataset.
     workspace = Workspace(tmp_path_factory.mktemp("brain"), DATASET_NAME, processes=1)
     write_dataset(workspace.raw, cases=CASES, resolution_mm=6)
-    command = workspace.preprocess_command("2d", "3d_fullres")
+    command = [sys.executable, "-c", FORKED, *workspace.preprocess_command("2d", "3d_fullres")[1:]]
     subprocess.run(command, env=workspace.environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
     workspace.add_small_configuration(patch=(24, 32, 24), features=(4, 8, 16))
     return workspace
