@@ -205,6 +205,7 @@ class Clock:
         return transformed
 
 
+@pytest.mark.usefixtures("warm_nursery")
 def test_a_transform_that_does_not_follow_from_the_seed_is_found(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
