@@ -23,6 +23,7 @@ import pytest
 from safeloader.nnunet.short import SAFE_TRAINER, Step, read_steps, write_trainers
 from safeloader.nnunet.workspace import Workspace
 from tests import damage
+from tests.nnunet.conftest import WITHOUT_VALIDATION
 
 EPOCHS, ITERATIONS = 2, 8
 
@@ -86,10 +87,8 @@ def anew(workspace: Workspace, continued: Training) -> Training:
 
 
 def _write_trainers(workspace: Workspace, epochs: int) -> None:
-    """Trainers that leave the validation after the training out: it uses no loader, and takes longest."""
     path = write_trainers(workspace.trainers, epochs=epochs, iterations=ITERATIONS, val_iterations=1)
-    method = "\n    def perform_actual_validation(self, save_probabilities=False):\n        pass\n"
-    path.write_text(path.read_text() + method)
+    path.write_text(path.read_text() + WITHOUT_VALIDATION)
 
 
 def _folder(workspace: Workspace) -> Path:
