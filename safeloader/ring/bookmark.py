@@ -84,7 +84,7 @@ class Bookmark:
     def _write(self, number: int, state: bytes) -> None:
         at = number % 2 * _HALF_NBYTES
         self._map[at + _HEADER.size : at + _HEADER.size + len(state)] = state
-        _HEADER.pack_into(self._map, at, number, len(state), zlib.crc32(state))
+        _HEADER.pack_into(self._map, at, number, len(state), _checksum(number, state))
 
     def _clear(self, half: int) -> None:
         _HEADER.pack_into(self._map, half * _HALF_NBYTES, _NOTHING, 0, 0)
@@ -95,4 +95,9 @@ class Bookmark:
         if number == _NOTHING or nbytes > MAX_STATE_NBYTES:
             return None
         state = bytes(self._map[at + _HEADER.size : at + _HEADER.size + nbytes])
-        return (number, state) if zlib.crc32(state) == crc else None
+        return (number, state) if _checksum(number, state) == crc else None
+
+
+def _checksum(number: int, state: bytes) -> int:
+    """Of the number, too: else one that was written into a cleared half alone would stand for an empty state."""
+    return zlib.crc32(state, zlib.crc32(number.to_bytes(8, "little", signed=True)))

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from benchmarks import BENCHMARKS
-from benchmarks.common import Benchmark
+from tests.benchmarks.forked import find
 
 ROOT = Path(__file__).parents[2]
+ALONE = BENCHMARKS[0]
+"""Is run as a user does, with a fresh process for each measurement; the others by `forked.py`, which is quicker."""
 
 
 @pytest.fixture(scope="session")
@@ -24,24 +24,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     return os.environ.get("SAFELOADER_BENCHMARK_DATA") or str(tmp_path_factory.mktemp("data"))
 
 
-def _benchmark(name: str) -> Benchmark[Any]:
-    module = importlib.import_module(f"benchmarks.{name}")
-    (cls,) = (
-        thing
-        for thing in vars(module).values()
-        if isinstance(thing, type) and issubclass(thing, Benchmark) and thing is not Benchmark
-    )
-    made: Benchmark[Any] = cls()
-    return made
-
-
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_runs_at_its_smallest_size(name: str, data: str, tmp_path: Path) -> None:
-    benchmark = _benchmark(name)
+    benchmark = find(name)
     if (missing := benchmark.missing()) is not None:
         pytest.skip(missing)
 
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--tiny", "--out", str(tmp_path)]
+    how = [f"benchmarks.{name}"] if name == ALONE else ["tests.benchmarks.forked", name]
+    command = [sys.executable, "-m", *how, "--tiny", "--out", str(tmp_path)]
     environment = {**os.environ, "SAFELOADER_BENCHMARK_DATA": data}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
 

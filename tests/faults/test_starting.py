@@ -151,31 +151,40 @@ def test_a_nursery_that_hangs_in_its_imports(tmp_path: Path, undisturbed: list[A
 
 STOPPED = """
 import psutil
-from safeloader.pool.supervisor import Supervisor
 from safeloader.testing import wait_until
-with SafeAugmenter(RandomLoader(), None, {workers}, 2, seed=7, start_method={method!r}) as augmenter:
-    draws = [next(augmenter)["draw"]]
-    wait_until(lambda: all(worker.state == "ready" and worker.pid for worker in augmenter.workers()))
-    pids = [worker.pid for worker in augmenter.workers()]
-    psutil.Process(pids[0]).parent().suspend()
-    started = time.monotonic()
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: augmenter.report().incident_counts.get("nursery-death") == 1)
-    print(time.monotonic() - started)
-    draws += [next(augmenter)["draw"] for _ in range(9)]
-    print(draws)
+for workers, method in [(1, "clean"), (2, "clean"), (1, "forked"), (2, "forked")]:
+    with SafeAugmenter(RandomLoader(), None, workers, 2, seed=7, start_method=method) as augmenter:
+        draws = [next(augmenter)["draw"]]
+        wait_until(lambda: all(worker.state == "ready" and worker.pid for worker in augmenter.workers()))
+        pids = [worker.pid for worker in augmenter.workers()]
+        psutil.Process(pids[0]).parent().suspend()
+        started = time.monotonic()
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: augmenter.report().incident_counts.get("nursery-death") == 1)
+        seconds = time.monotonic() - started
+        draws += [next(augmenter)["draw"] for _ in range(9)]
+        print(workers, method, seconds, draws, sep="|")
 """
 
 
-@pytest.mark.parametrize("method", ["clean", "forked"])
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_stopped_nursery_is_replaced_soon(workers: int, method: str, tmp_path: Path, undisturbed: list[Any]) -> None:
-    ended = scripts.run(tmp_path, STOPPED.format(workers=workers, method=method), timeout_s=60)
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], tuple[float, str]]:
+    """How long it took until a stopped nursery was given up, and what was drawn; with each number and method."""
+    ended = scripts.run(tmp_path_factory.mktemp("stopped"), STOPPED, timeout_s=120)
     assert ended.code == 0, ended.err
-    seconds, draws = ended.out.splitlines()
+    told = [line.split("|") for line in ended.out.splitlines()]
+    return {(workers, method): (float(seconds), draws) for workers, method, seconds, draws in told}
+
+
+@pytest.mark.parametrize("method", ["clean", "forked"])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_stopped_nursery_is_replaced_soon(
+    workers: str, method: str, stopped: dict[tuple[str, str], tuple[float, str]], undisturbed: list[Any]
+) -> None:
+    seconds, draws = stopped[workers, method]
     assert draws == str([batch[2] for batch in undisturbed])
-    assert float(seconds) < 2.5
+    assert seconds < 2.5
 
 
 def block_forks() -> None:

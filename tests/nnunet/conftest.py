@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from multiprocessing import resource_tracker
@@ -19,10 +20,25 @@ import torch
 import safeloader
 from safeloader.nnunet.brain import DATASET_NAME, write_dataset
 from safeloader.nnunet.short import write_trainers
-from safeloader.nnunet.workspace import SMALL_CONFIGURATION, Workspace
+from safeloader.nnunet.workspace import PLANS, SMALL_CONFIGURATION, Workspace
 
 MakeTrainer = Callable[..., Any]
 CASES = 5  # fold 0 validates one of them
+
+FORKED = """
+import multiprocessing, sys
+from nnunetv2.experiment_planning.plan_and_preprocess_entrypoints import plan_and_preprocess_entry
+forked = multiprocessing.get_context("fork")
+multiprocessing.get_context = lambda method=None: forked
+plan_and_preprocess_entry()
+"""
+"""nnU-Net's command; each process that it would spawn imports all of it first, which takes longer than its work."""
+
+
+WITHOUT_VALIDATION = """
+    def perform_actual_validation(self, save_probabilities=False):
+        pass
+"""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -45,24 +61,38 @@ def _no_tracker_stays() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def brain_workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """The dataset preprocessed in 2D and 3D, with the configuration `3d_small`. Train in a `make_workspace` of it."""
-    # One process: each that nnU-Net spawns imports all of it first, which takes longer than its work on this dataset.
     workspace = Workspace(tmp_path_factory.mktemp("brain"), DATASET_NAME, processes=1)
     write_dataset(workspace.raw, cases=CASES, resolution_mm=6)
-    command = workspace.preprocess_command("2d", "3d_fullres")
+    command = [sys.executable, "-c", FORKED, *workspace.preprocess_command("2d", "3d_fullres")[1:]]
     subprocess.run(command, env=workspace.environment(), check=True, stdout=subprocess.DEVNULL, timeout=240)
     workspace.add_small_configuration(patch=(24, 32, 24), features=(4, 8, 16))
+    _write_splits(workspace.plans_file.parent)
     return workspace
+
+
+def _write_splits(preprocessed: Path) -> None:
+    """What the first training would write: of two that begin at once, one might read what the other is writing."""
+    from nnunetv2.utilities.crossval_split import generate_crossval_split
+
+    cases = sorted(path.stem for path in (preprocessed / f"{PLANS}_3d_fullres").glob("*.pkl"))
+    splits = [{part: [str(case) for case in fold[part]] for part in fold} for fold in generate_crossval_split(cases)]
+    (preprocessed / "splits_final.json").write_text(json.dumps(splits))
 
 
 @pytest.fixture(scope="session")
 def make_workspace(brain_workspace: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Workspace]:
-    """Makes workspaces with results and trainers of their own, on the one dataset."""
+    """Makes workspaces with results and trainers of their own, on the one dataset.
 
-    def make(*, epochs: int = 2, iterations: int = 10, val_iterations: int = 2) -> Workspace:
+    Trainings that do not validate leave out what comes after the last epoch: it uses no loader, and takes longest.
+    """
+
+    def make(*, epochs: int = 2, iterations: int = 10, val_iterations: int = 2, validates: bool = True) -> Workspace:
         workspace = replace(brain_workspace, folder=tmp_path_factory.mktemp("workspace"))
         workspace.raw.symlink_to(brain_workspace.raw)
         workspace.preprocessed.symlink_to(brain_workspace.preprocessed)
-        write_trainers(workspace.trainers, epochs=epochs, iterations=iterations, val_iterations=val_iterations)
+        path = write_trainers(workspace.trainers, epochs=epochs, iterations=iterations, val_iterations=val_iterations)
+        if not validates:
+            path.write_text(path.read_text() + WITHOUT_VALIDATION)
         return workspace
 
     return make

@@ -1,7 +1,7 @@
 """With a seed, the batches of nnU-Net's own trainer are the same bits in every run, whatever dies.
 
 nnU-Net's stock augmentation, 2D and 3D, twice: with one worker that nobody disturbs, and with three that are killed.
-Each run has processes of its own. `tests/soak/test_bitwise.py` does it at full size.
+Each of these runs has processes of its own. `tests/soak/test_bitwise.py` does it at full size.
 
 Which implementation upstream's blur prefers in a process hangs on the clock. `Decided` stands for a run in which the
 clock has decided, and shows that the streams do differ without what `pool/blur.py` does.
@@ -66,6 +66,7 @@ def test_the_same_bits_in_every_run(configuration: str, read: Callable[..., Stre
         assert stream.log.count(f"SafeLoader: {blur.NOTICE}") == 1
 
 
+@pytest.mark.usefixtures("warm_nursery")
 def test_whatever_the_clock_would_have_decided(read: Callable[..., Stream]) -> None:
     by_fft = read("3d_fullres", decided=True, workers=2)
     directly = read("3d_fullres", decided=False, workers=1)

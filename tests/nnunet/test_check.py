@@ -22,7 +22,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from safeloader.cli import main
 from safeloader.faults.cpus import CpuBudget, available_cpus
 from safeloader.faults.memory import MemoryBudget
-from safeloader.nnunet.check import batches
+from safeloader.nnunet.check import batches, inspection
 from safeloader.nnunet.check.batches import Tried
 from safeloader.nnunet.check.cases import Expected
 from safeloader.nnunet.check.inspection import Verdict, inspect
@@ -129,6 +129,15 @@ def test_a_reader_that_is_killed_is_replaced_and_the_case_read_again(damaged: tu
     assert killed == ["brain_000"]
 
 
+def test_a_reader_that_dies_before_it_is_given_a_case_ends_like_any_other(damaged: tuple[Workspace, Path]) -> None:
+    _, folder = damaged
+    reader = inspection._Reader(expected_of(folder))
+    reader.process.kill()
+    reader.process.wait()
+    reader.take("brain_000")
+    assert reader.end().what == "was killed by SIGKILL"
+
+
 def test_a_case_that_kills_whoever_reads_it_and_one_that_does_not_answer(damaged: tuple[Workspace, Path]) -> None:
     _, folder = damaged
     (folder / "brain_000.pkl").write_bytes(pickle.dumps(Deadly()))
@@ -205,6 +214,7 @@ class Clock:
         return transformed
 
 
+@pytest.mark.usefixtures("warm_nursery")
 def test_a_transform_that_does_not_follow_from_the_seed_is_found(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

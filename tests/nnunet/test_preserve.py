@@ -22,6 +22,7 @@ from safeloader.nnunet.checkpoints import damage, save_atomically
 from safeloader.nnunet.interrupts import SIGNALS, EndedBySignal, Interrupts
 from safeloader.nnunet.short import ShortTraining, read_steps
 from safeloader.nnunet.workspace import SMALL_CONFIGURATION, Workspace
+from safeloader.pool.supervisor import Supervisor
 from safeloader.testing import wait_until
 from tests.nnunet.conftest import MakeTrainer
 
@@ -116,6 +117,13 @@ def make(
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def _one_nursery(make: Callable[..., Any]) -> Iterator[None]:
+    """All trainings of a test share it: to import nnU-Net takes it seconds."""
+    with Supervisor.hold():
+        yield
+
+
 def latest(trainer: Any) -> Path:
     return Path(trainer.output_folder) / "checkpoint_latest.pth"
 
@@ -199,6 +207,7 @@ def test_the_last_finished_epoch_is_on_disk(
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
+@pytest.mark.usefixtures("_one_nursery")
 def test_requeued_until_it_is_done_it_is_the_training_that_was_not_disturbed(
     make: Callable[..., Any], make_workspace: Callable[..., Workspace], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -544,6 +553,7 @@ def test_what_is_wrong_with_a_file(do: Callable[[Path], object], wrong: str | No
     assert damage(path) == wrong
 
 
+@pytest.mark.usefixtures("_one_nursery")
 def test_a_damaged_latest_checkpoint_is_passed_over_for_the_best(
     make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

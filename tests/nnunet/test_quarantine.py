@@ -14,7 +14,8 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import pytest
 from safeloader.nnunet.short import SAFE_TRAINER, Step, read_steps, write_trainers
 from safeloader.nnunet.workspace import Workspace
 from tests import damage
+from tests.nnunet.conftest import WITHOUT_VALIDATION
 
 EPOCHS, ITERATIONS = 2, 8
 
@@ -74,22 +76,37 @@ def first(workspace: Workspace, before: dict[str, tuple[int, int]]) -> Training:
 
 
 @pytest.fixture(scope="module")
-def continued(workspace: Workspace, first: Training) -> Training:
-    _write_trainers(workspace, EPOCHS + 1)
-    return _train(workspace, "--c")
+def copy(workspace: Workspace, first: Training, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The same data, and a copy of what the first training has left."""
+    made = replace(workspace, folder=tmp_path_factory.mktemp("copy"))
+    made.preprocessed.symlink_to(workspace.preprocessed)
+    shutil.copytree(workspace.results, made.results)
+    return made
 
 
 @pytest.fixture(scope="module")
-def anew(workspace: Workspace, continued: Training) -> Training:
-    _write_trainers(workspace, EPOCHS)
-    return _train(workspace)
+def both(workspace: Workspace, copy: Workspace) -> tuple[Training, Training]:
+    """The training continued, and in the copy anew, at once: most of what they do is to import nnU-Net."""
+    _write_trainers(workspace, EPOCHS + 1)
+    _write_trainers(copy, EPOCHS)
+    with ThreadPoolExecutor(2) as at_once:
+        continued, anew = at_once.submit(_train, workspace, "--c"), at_once.submit(_train, copy)
+    return continued.result(), anew.result()
+
+
+@pytest.fixture(scope="module")
+def continued(both: tuple[Training, Training]) -> Training:
+    return both[0]
+
+
+@pytest.fixture(scope="module")
+def anew(both: tuple[Training, Training]) -> Training:
+    return both[1]
 
 
 def _write_trainers(workspace: Workspace, epochs: int) -> None:
-    """Trainers that leave the validation after the training out: it uses no loader, and takes longest."""
     path = write_trainers(workspace.trainers, epochs=epochs, iterations=ITERATIONS, val_iterations=1)
-    method = "\n    def perform_actual_validation(self, save_probabilities=False):\n        pass\n"
-    path.write_text(path.read_text() + method)
+    path.write_text(path.read_text() + WITHOUT_VALIDATION)
 
 
 def _folder(workspace: Workspace) -> Path:
@@ -193,10 +210,8 @@ class TestAContinuedTraining:
 
 
 class TestATrainingAnew:
-    def test_puts_the_old_incidents_aside(
-        self, anew: Training, workspace: Workspace, first: Training, bad: str
-    ) -> None:
-        (aside,) = workspace.output_folder(SAFE_TRAINER).glob("safeloader_incidents.*.jsonl")
+    def test_puts_the_old_incidents_aside(self, anew: Training, copy: Workspace, first: Training, bad: str) -> None:
+        (aside,) = copy.output_folder(SAFE_TRAINER).glob("safeloader_incidents.*.jsonl")
         assert [json.loads(line) for line in aside.read_text().splitlines()] == first.incidents
         assert "quarantined since an earlier run" not in anew.console
 

@@ -19,6 +19,9 @@ from tests.nnunet.conftest import MakeTrainer
 
 EPOCH = 3
 
+pytestmark = pytest.mark.usefixtures("warm_nursery")
+"""All loaders here share it: to import nnU-Net takes it seconds."""
+
 
 def bits(batch: dict[str, Any]) -> list[Any]:
     return [batch["data"].numpy().tobytes(), *(t.numpy().tobytes() for t in batch["target"]), *map(str, batch["keys"])]

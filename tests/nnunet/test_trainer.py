@@ -24,6 +24,9 @@ from safeloader.nnunet.workspace import Workspace
 from safeloader.testing import wait_until
 from tests.nnunet.conftest import MakeTrainer
 
+pytestmark = pytest.mark.usefixtures("warm_nursery")
+"""All loaders here share it: to import nnU-Net takes it seconds."""
+
 
 def log_of(trainer: Any) -> str:
     return Path(trainer.log_file).read_text()

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from safeloader.ring.bookmark import _HALF_NBYTES, _HEADER, MAX_STATE_NBYTES, Bookmark
@@ -47,6 +47,7 @@ def test_it_takes_memory_only_for_what_was_written(bookmark: Bookmark) -> None:
 
 
 @given(states=st.lists(st.binary(max_size=200), min_size=1, max_size=9), torn_at=st.integers(0, 250))
+@example(states=[b""], torn_at=8)  # its number is there, and no more
 def test_who_dies_while_writing_leaves_the_state_before(states: list[bytes], torn_at: int) -> None:
     """The last write is torn: of header and state only the first bytes are there."""
     first = Bookmark.create()

@@ -14,6 +14,7 @@ import subprocess
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
@@ -70,7 +71,8 @@ class _Reader:
         code = self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            pipe.close()
+            with suppress(BrokenPipeError):  # what it was not told any more
+                pipe.close()
         return ProcessExit.from_returncode(code)
 
     def _say(self, what: Any) -> None:
