@@ -109,6 +109,8 @@ def _section(result: Result, usual: Machine) -> list[str]:
         said = ", ".join(f"{_LABELS.get(name, name)} {_value(value)}" for name, value in other.items())
         parts.append(f"**Not as above:** {said}.")
     parts += [_table(table) for table in about["tables"]]
+    if "remark" in about:  # written by hand: what a reader must know about this run
+        parts.append(str(about["remark"]))
     also = [f"{name} {value}" for name, value in about.items() if name not in _ABOUT and isinstance(value, int | float)]
     if also:
         parts.append(f"Also: {', '.join(also)}.")

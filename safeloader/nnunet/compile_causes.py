@@ -13,15 +13,19 @@ the user's own: an error in a network or a loss that dynamo traces comes out as 
 is computed again without the compiler, and then the user's error is raised as it is, before anybody has claimed that it
 was the compiler's.
 
-The words come from `safeloader explain`, which knows the same failures from logs.
+The words come from `safeloader explain`, which knows the same failures from logs. Triton lets the C compiler write to
+the console, and all that the exception says is the command: so the compiler is asked again, about a file of one line.
 """
 
 from __future__ import annotations
 
 import re
+import subprocess
+import tempfile
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from safeloader.faults.explain import explain_text
@@ -42,6 +46,8 @@ _UNKNOWN: Final = BY_KEY["compile-failed"]
 _UNKNOWN_REMEDY: Final = (
     "To see the whole error: train with nnU-Net's own trainer, which it ends, and `TORCHDYNAMO_VERBOSE=1`"
 )
+_SOURCE: Final = re.compile(r"\.c(?:c|pp|xx)?$")
+_ANSWERS_S: Final = 60
 _MAX_EVIDENCE_CHARS: Final = 240
 REPEATED: Final = "The same batch was computed again without it"
 NOT_COMPILED: Final = "The network is not compiled"
@@ -74,7 +80,7 @@ def compile_failure(error: BaseException) -> CompileFailure | None:
     chain = list(_chain(error))
     if any(_is_of_the_device(part) for part in chain) or not any(_is_of_the_compiler(part) for part in chain):
         return None
-    text = "".join(traceback.format_exception(error))
+    text = "".join(traceback.format_exception(error)) + _asked_again(chain[-1])
     diagnosis = explain_text(text)
     found = next((f for f in (diagnosis.primary, *diagnosis.further) if f.cause in CAUSES), None)
     if found is None or found.cause is _UNKNOWN:
@@ -113,6 +119,25 @@ def _is_of_the_compiler(error: BaseException) -> bool:
 
 def _of_compilers(module: str) -> bool:
     return any(module == name or module.startswith(f"{name}.") for name in _COMPILERS)
+
+
+def _asked_again(root: BaseException) -> str:
+    """What the compiler that failed says about a file that only includes Python.h; nothing if it is no compiler."""
+    given = root.cmd if isinstance(root, subprocess.CalledProcessError) else None
+    command = list(map(str, given)) if isinstance(given, list | tuple) else []
+    sources = [argument for argument in command if _SOURCE.search(argument)]
+    if len(sources) != 1 or "-o" not in command[:-1]:
+        return ""
+    with tempfile.TemporaryDirectory(prefix="safeloader-") as folder:
+        source = Path(folder, "asked" + Path(sources[0]).suffix)
+        source.write_text("#include <Python.h>\n")
+        command[command.index(sources[0])] = str(source)
+        command[command.index("-o") + 1] = str(Path(folder, "asked.so"))
+        try:
+            asked = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWERS_S, check=False)
+        except (OSError, subprocess.SubprocessError) as error:
+            return f"\n{type(error).__name__}: {error}\n"
+    return f"\n{asked.stderr}\n"
 
 
 def _said(root: BaseException) -> str:

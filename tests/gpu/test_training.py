@@ -105,17 +105,8 @@ def no_headers(folder: Path) -> dict[str, str]:
     return {"PATH": f"{folder}:/usr/local/bin:/usr/bin:/bin"}
 
 
-def no_libcuda(folder: Path) -> dict[str, str]:
-    return {"TRITON_LIBCUDA_PATH": str(folder)}
-
-
-def no_inductor_cache(folder: Path) -> dict[str, str]:
-    """A file where the folder should be: root may write everywhere else."""
-    (folder / "cache").touch()
-    return {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache")}
-
-
 def no_triton_cache(folder: Path) -> dict[str, str]:
+    """A file where the folder should be: root may write everywhere else."""
     (folder / "cache").touch()
     return {"TRITON_CACHE_DIR": str(folder / "cache")}
 
@@ -125,11 +116,9 @@ def no_triton_cache(folder: Path) -> dict[str, str]:
     [
         (no_compiler, "found no C or C++ compiler"),
         (no_headers, "found no Python headers (Python.h)"),
-        (no_libcuda, "could not link with libcuda.so"),
-        (no_inductor_cache, "can't write the folder in which it keeps what it builds"),
         (no_triton_cache, "can't write the folder in which it keeps what it builds"),
     ],
-    ids=["no compiler", "no Python.h", "no libcuda", "no cache of inductor's", "no cache of Triton's"],
+    ids=["no compiler", "no Python.h", "no cache"],
 )
 def test_where_torch_compile_fails_the_training_goes_on(broken: Break, said: str, make: Make, tmp_path: Path) -> None:
     workspace = make("workspace", epochs=1, iterations=5)
@@ -137,6 +126,8 @@ def test_where_torch_compile_fails_the_training_goes_on(broken: Break, said: str
     folder.mkdir()
     fresh = {name: str(tmp_path / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     environment = workspace.environment({"nnUNet_compile": "true", "nnUNet_n_proc_DA": "1"} | fresh | broken(folder))
+    for name in ("CC", "CXX"):
+        environment.pop(name, None)
     command = workspace.train_command(SAFE_TRAINER, device="cuda")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     output = workspace.output_folder(SAFE_TRAINER)

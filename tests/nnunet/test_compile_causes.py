@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import inspect
+import shutil
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -87,20 +91,75 @@ def raised_by(function: Callable[[], object]) -> CompileFailure | None:
     raise AssertionError("it works")
 
 
-def test_tritons_own_search_for_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def build(folder: Path, *libraries: str) -> None:
+    """As Triton builds what it calls kernels by."""
     from triton.runtime import build
 
-    source = tmp_path / "main.c"
-    source.write_text("int main() { return 0; }")
+    source = folder / "main.c"
+    source.write_text("#include <Python.h>\n")
     needed = [name for name, p in inspect.signature(build._build).parameters.items() if p.default is p.empty]
     arguments: dict[str, object] = {name: [] for name in needed}
-    arguments.update(name="main", src=str(source), srcdir=str(tmp_path))
+    arguments.update(name="main", src=str(source), srcdir=str(folder), libraries=list(libraries))
+    finder = getattr(build, "_find_compiler", None)
+    if hasattr(finder, "cache_clear"):
+        finder.cache_clear()
+    build._build(**arguments)
+
+
+def test_tritons_own_search_for_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    none = raised_by(lambda: build._build(**arguments))
+    none = raised_by(lambda: build(tmp_path))
     monkeypatch.setenv("CC", str(tmp_path / "cc"))
-    named = raised_by(lambda: build._build(**arguments))
+    named = raised_by(lambda: build(tmp_path))
     for failure in (none, named):
         assert failure is not None and failure.title == "torch.compile found no C or C++ compiler"
     assert "Failed to find C compiler" in none.evidence  # type: ignore[union-attr]
     assert "FileNotFoundError" in named.evidence  # type: ignore[union-attr]
+
+
+def without_assembler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setenv("CC", shutil.which("gcc") or "gcc")
+    monkeypatch.setenv("PATH", str(folder))
+    return []
+
+
+def without_headers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A gcc as it is where python3-dev is not installed."""
+    compiler, headers = folder / "gcc", sysconfig.get_paths()["include"]
+    compiler.write_text(
+        f"#!{sys.executable}\nimport os, sys\n"
+        f'args = [a for a in sys.argv[1:] if "{headers}" not in a]\n'
+        f'os.execv("{shutil.which("gcc")}", ["gcc", *args])\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    return []
+
+
+def without_libcuda(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    if ctypes.util.find_library("cuda"):
+        pytest.skip("libcuda.so is here")
+    monkeypatch.setenv("CC", shutil.which("gcc") or "gcc")
+    return ["cuda"]
+
+
+@pytest.mark.parametrize(
+    ("broken", "title", "evidence"),
+    [
+        (without_assembler, "torch.compile found no C or C++ compiler", "cannot execute"),
+        (without_headers, "torch.compile found no Python headers (Python.h)", "Python.h: No such file"),
+        (without_libcuda, "torch.compile could not link with libcuda.so", "cannot find -lcuda"),
+    ],
+)
+def test_what_the_compiler_said_to_the_console_only(
+    broken: Callable[[Path, pytest.MonkeyPatch], list[str]],
+    title: str,
+    evidence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    libraries = broken(tmp_path, monkeypatch)
+    failure = raised_by(lambda: build(tmp_path, *libraries))
+    assert failure is not None and failure.title == title
+    assert evidence in failure.evidence and "\n" not in failure.line()
