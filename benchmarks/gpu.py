@@ -204,7 +204,7 @@ def _epoch_medians(rows: Sequence[Row], load: str) -> dict[str, list[float]]:
         contestant: [
             median([row for row in chosen if row.epoch is not None and row.epoch >= _UNLIKE], "epoch_s",
                    contestant=contestant, round=number)
-            for number in dict.fromkeys(row.round for row in chosen)
+            for number in dict.fromkeys(row.round for row in chosen if row.contestant == contestant)
         ]
         for contestant in dict.fromkeys(row.contestant for row in chosen)
     }  # fmt: skip

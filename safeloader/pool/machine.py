@@ -11,10 +11,10 @@ Six books are kept by parts of their own: `crew` (who is in which state), `lanes
 without progress).
 
 Sizes. A lane has at most workers + 2 x num_cached slots, and where workers share one, a reserve for when a ticket that
-takes long holds up others: see `slots`. Where memory is scarce (`Limits.begin_with`), it is opened as far as was
-measured to fit; the OOM killer closes it for good. The consumer leases no more than `Limits.max_leases` of the slots
-(beyond that it gets copies), so workers always have some. A lost ticket has a slot kept for it: otherwise the others'
-READY slots could wait for it for ever.
+takes long holds up others: see `slots`. It is opened once the first batch tells how much of it fits, and the OOM killer
+closes it for good. The consumer leases no more than `Limits.max_leases` of the slots (beyond that it gets copies), so
+workers always have some. A lost ticket has a slot kept for it: otherwise the others' READY slots could wait for it for
+ever.
 
 Restarts. A death is replaced at once; the same worker's next ones after a growing back-off, until it makes a batch.
 If not all may run, those with the fewest deaths do. A worker that was idle is not evidence against the pool, so it does
@@ -188,8 +188,6 @@ class Machine:
             )
             for number in range(limits.lanes)
         ]  # fmt: skip
-        if limits.begin_with is None:
-            self._open_reserve(limits.reserve)
         self._first_ticket = first_ticket
         self._crew = Crew(limits.workers)
         self._workers = self._crew.workers

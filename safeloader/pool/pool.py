@@ -131,7 +131,7 @@ class Pool:
         )
         self._memory = memory_watch
         self._oom = oom_watch
-        self._to_measure = 0 if limits.begin_with is None else _MEASUREMENTS
+        self._to_measure = 0 if limits.own_lanes else _MEASUREMENTS
         self._measuring = False
         self._makers: dict[int, int] = {}  # pids by ticket, while there is something to measure
         self._figures: tuple[float, dict[str, Any]] = (-math.inf, {})
@@ -463,6 +463,8 @@ class Pool:
                 if self._to_measure:  # the next batch's maker may still be there
                     return
                 fitting = Fit(wanted, self.machine.limits.reserve, "")
+            if self.machine.limits.begin_with is None:  # memory is plentiful: all have begun
+                fitting = fitting._replace(workers=wanted)
             self._to_measure = 0
             if fitting.workers < wanted:
                 resize = events.Resize(fitting.workers, wanted, Why.MEMORY)

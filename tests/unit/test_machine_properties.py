@@ -137,7 +137,7 @@ class World(RuleBasedStateMachine):
         self.buried: list[tuple[int, int]] = []
         self.slots: set[int] = set()
         self.filling: dict[int, tuple[int, int]] = {}  # slot: (worker, ticket)
-        self.reserve = 0 if begin_with_one else self.limits.reserve  # slots that memory had room for, at any time
+        self.reserve = 0  # slots that memory had room for, at any time
         self.newest = -1  # ticket that was given out
         self.lost: set[int] = set()  # tickets that are to be made again
         self.unproven: set[int] = set()  # slots in which an abandoned worker may still write
