@@ -15,7 +15,7 @@ import safeloader
 ROOT = Path(safeloader.__file__).parent
 
 LAYERS = [
-    {"errors", "config", "killpoints"},
+    {"words", "errors", "config", "killpoints"},
     {"ring", "faults", "report"},
     {"pool"},
     {"runner"},

@@ -17,7 +17,7 @@ _STOCK_SHM_NBYTES: Final = 2 << 30
 """12 + 6 workers with batches of 26 MB, as nnU-Net caches them: about 36 lie in /dev/shm, and as much again while they
 are passed on."""
 _FEW_FILES: Final = 512
-"""12 + 6 workers and their slots take about 150; nnU-Net's files that stay open, up to a quarter of the limit."""
+"""12 + 6 workers and their slots take 150 to 210; nnU-Net's files that stay open, up to a quarter of the limit."""
 _FEW_PROCESSES: Final = 256
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 from safeloader.cli.report.story import Story
 from safeloader.faults.explain.incidents import text_of
 from safeloader.pool.book import INCIDENTS_FILE
+from safeloader.words import counted
 
 _MAX_RECORDS: Final = 200
 """Incidents that are shown in full; all are in the file that the page names."""
@@ -44,9 +45,9 @@ def _outcome(story: Story) -> Iterator[str]:
     outcome = story.report.get("outcome", "unknown: it has not come to an end, or not to write its report")
     restarts = sum(sum(epoch.restarts.values()) for epoch in story.epochs)
     yield (
-        f"<p>Outcome: <strong>{escape(str(outcome))}</strong>. {_count(len(story.epochs), 'epoch')}, "
-        f"{_count(max(1, len(story.starts)), 'start')}, {_count(restarts, 'worker')} replaced, "
-        f"{_count(story.summary.total, 'failure')}.</p>"
+        f"<p>Outcome: <strong>{escape(str(outcome))}</strong>. {counted(len(story.epochs), 'epoch')}, "
+        f"{counted(max(1, len(story.starts)), 'start')}, {counted(restarts, 'worker')} replaced, "
+        f"{counted(story.summary.total, 'failure')}.</p>"
     )
     if not loaders:
         return
@@ -91,7 +92,7 @@ def _incidents(story: Story) -> Iterator[str]:
         did = ", ".join(f"{kind} ({count:,})" for kind, count in story.summary.reactions.most_common())
         yield f"<p>What SafeLoader did beyond replacing workers: {escape(did)}.</p>"
     if story.skipped:
-        yield f"<p class='muted'>{_count(story.skipped, 'line')} left out: cut off by a crash.</p>"
+        yield f"<p class='muted'>{counted(story.skipped, 'line')} left out: cut off by a crash.</p>"
     shown = list(story.records)[-_MAX_RECORDS:]
     if len(shown) < len(story.records):
         yield f"<p class='muted'>The last {len(shown)} of {len(story.records):,}; all are in {INCIDENTS_FILE}.</p>"
@@ -141,7 +142,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Seque
 def _most(counts: Mapping[str, int]) -> str:
     named = sorted(counts.items(), key=lambda pair: -pair[1])[:3]
     return ", ".join(f"{name} ({count:,})" for name, count in named)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from safeloader.cli.top.sight import Sight
 from safeloader.faults.memory import gib
+from safeloader.words import counted
 
 _STATES: Final = ("filling", "ready", "leased", "free")
 _CASE_CHARS: Final = 32
@@ -37,12 +38,12 @@ def _pool(pool: Mapping[str, Any], sight: Sight, earlier: Sight | None) -> Itera
     ring = ", ".join(f"{slots[state]} {state}" for state in _STATES if slots[state]) or "empty"
     yield (
         f"  {pool['name']}: {speed}{pool['batches']} batches, waited {_duration(pool['wait_s'])} in all; "
-        f"ring: {ring}; {_count(pool['restarts'], 'restart')}"
+        f"ring: {ring}; {counted(pool['restarts'], 'restart')}"
     )
     if pool["waits_for"] is not None and pool["waiting_s"] >= _LONG_S:
         yield f"    training has waited {_duration(pool['waiting_s'])} for its next batch: {pool['waits_for']}"
     if pool["quarantined"]:
-        yield f"    {_count(len(pool['quarantined']), 'quarantined case')}: {', '.join(pool['quarantined'][:5])}"
+        yield f"    {counted(len(pool['quarantined']), 'quarantined case')}: {', '.join(pool['quarantined'][:5])}"
     yield _HEAD
     for worker in pool["workers"]:
         yield _worker(worker)
@@ -67,7 +68,3 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -9,6 +9,7 @@ from typing import Final
 
 from safeloader.faults.explain.incidents import Group, Summary
 from safeloader.faults.explain.model import Answer, Diagnosis, Finding, Line, Place
+from safeloader.words import counted
 
 WIDTH: Final = 100
 _MAX_QUOTE_CHARS: Final = 300
@@ -31,7 +32,7 @@ def _diagnosis(diagnosis: Diagnosis, name: str) -> Iterator[str]:
     group = f", {cause.group}" if cause.group else ""
     yield from _wrapped(f"{cause.title}.")
     confidence = f"{diagnosis.confidence}  " if diagnosis.confidence else ""
-    yield f"{confidence}[{cause.key}{group}; {name}, {_count(diagnosis.lines, 'line')}]"
+    yield f"{confidence}[{cause.key}{group}; {name}, {counted(diagnosis.lines, 'line')}]"
     if cause.answer is not Answer.HEALTHY:
         yield from _evidence(primary, diagnosis.symptom)
     yield from _section("What happened", [cause.what])
@@ -57,7 +58,7 @@ def _evidence(primary: Finding, symptom: Line | None) -> Iterator[str]:
         yield f"  raised {primary.place.value}" + (f", at {primary.code}" if primary.code else "")
     more = primary.total - len(primary.evidence)
     if more > 0:
-        yield f"  and {_count(more, 'more line')} like {'it' if len(primary.evidence) == 1 else 'these'}"
+        yield f"  and {counted(more, 'more line')} like {'it' if len(primary.evidence) == 1 else 'these'}"
     if symptom is not None and symptom not in primary.evidence:
         yield f'  line {symptom.number} ("background workers are no longer alive") is only the echo'
 
@@ -74,7 +75,7 @@ def _summary(summary: Summary, name: str) -> Iterator[str]:
         return
     top = summary.groups[0]
     yield from _wrapped(
-        f"{_count(summary.total, 'incident')}, most often: {top.title} ({_times(top.count)})."  # the answer in a line
+        f"{counted(summary.total, 'incident')}, most often: {top.title} ({_times(top.count)})."  # the answer in a line
     )
     yield f"[{name}; {summary.first or 'time unknown'} to {summary.last or 'time unknown'}]"
     yield from ("", "By cause")
@@ -109,7 +110,7 @@ def _summary_notes(summary: Summary) -> list[str]:
         did = ", ".join(f"{kind} ({_times(count)})" for kind, count in summary.reactions.most_common())
         notes.append(f"What SafeLoader did about it: {did}.")
     if summary.skipped:
-        notes.append(f"{_count(summary.skipped, 'line')} left out: cut off by a crash, or not JSON.")
+        notes.append(f"{counted(summary.skipped, 'line')} left out: cut off by a crash, or not JSON.")
     return notes
 
 
@@ -143,10 +144,6 @@ def _wrapped(text: str, *, first: str = "") -> list[str]:
 def _quote(text: str) -> str:
     text = text.strip()
     return text if len(text) <= _MAX_QUOTE_CHARS else f"{text[:_MAX_QUOTE_CHARS]} […]"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _times(number: int) -> str:

@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from safeloader.words import counted
+
 OUTSIDE: Final = -1
 """What nnU-Net's preprocessing writes into the segmentation where the image is empty."""
 _NEEDED: Final = ("class_locations", "spacing", "shape_before_cropping", "bbox_used_for_cropping")
@@ -93,10 +95,11 @@ def problems(dataset: Any, case: str, expected: Expected) -> list[str]:
 
 def _of_image(image: Any, expected: Expected) -> Iterator[str]:
     if image.ndim != 4 or image.shape[0] != expected.channels:
-        yield f"the image has shape {image.shape}, and dataset.json names {_count(expected.channels, 'channel')}"
+        yield f"the image has shape {image.shape}, and dataset.json names {counted(expected.channels, 'channel')}"
     bad = int(image.size - np.count_nonzero(np.isfinite(image)))
     if bad:
-        yield f"{_count(bad, 'voxel')} of the image {'is' if bad == 1 else 'are'} NaN or infinite: the loss will be NaN"
+        be = "is" if bad == 1 else "are"
+        yield f"{counted(bad, 'voxel')} of the image {be} NaN or infinite: the loss will be NaN"
 
 
 def _of_segmentation(segmentation: Any, image: Any, expected: Expected) -> Iterator[str]:
@@ -135,7 +138,3 @@ def _wanted_shape(properties: Any, expected: Expected) -> tuple[int, ...]:
 def image_shape(properties: Any) -> list[int]:
     """The shape after cropping, from the box that was cut out."""
     return [int(end - start) for start, end in properties["bbox_used_for_cropping"]]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
