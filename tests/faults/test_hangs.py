@@ -22,7 +22,6 @@ from safeloader import SafeAugmenter, note_case
 from safeloader.testing import wait_until
 from tests import loaders
 from tests.loaders import RandomLoader, Saboteur, fingerprint
-from tests.ring import in_use
 
 pytestmark = pytest.mark.usefixtures("warm_nursery")
 
@@ -124,7 +123,7 @@ def test_a_worker_that_cannot_be_killed_is_abandoned(freezer: Path, tmp_path: Pa
 def test_an_idle_worker_that_was_stopped(undisturbed: list[object]) -> None:
     with SafeAugmenter(RandomLoader(), None, 2, 2, seed=7, **FAST) as augmenter:
         batches = [fingerprint(next(augmenter)) for _ in range(5)]
-        wait_until(lambda: in_use(augmenter) == {"filling": 0, "ready": 6, "leased": 0})
+        wait_until(lambda: augmenter.report().slots == {"free": 0, "filling": 0, "ready": 6, "leased": 0})
         wait_until(lambda: all(worker.stage == "idle" for worker in augmenter.workers()))
         victim = augmenter.workers()[0]
         assert victim.pid is not None

@@ -18,7 +18,6 @@ from safeloader import SafeAugmenter
 from safeloader.testing import wait_until
 from tests import loaders, scripts
 from tests.loaders import RandomLoader, Saboteur, fingerprint
-from tests.ring import in_use
 
 
 class Floods(RandomLoader):
@@ -204,7 +203,7 @@ def test_the_trainer_has_no_signal_handler_of_ours(tmp_path: Path) -> None:
 def test_an_idle_pool_takes_no_time_of_the_trainers() -> None:
     with SafeAugmenter(RandomLoader(), None, 2, 2, seed=7) as augmenter:
         next(augmenter)
-        wait_until(lambda: in_use(augmenter) == {"filling": 0, "ready": 6, "leased": 0}, timeout_s=5)
+        wait_until(lambda: augmenter.report().slots == {"free": 0, "filling": 0, "ready": 6, "leased": 0}, timeout_s=5)
         (supervisor,) = [t for t in threading.enumerate() if t.name == "safeloader-supervisor"]
         assert supervisor.native_id is not None
         before = _cpu_s_and_switches(supervisor.native_id)

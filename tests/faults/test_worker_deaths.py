@@ -24,7 +24,6 @@ from safeloader.errors import BatchNotPicklableError, RestartLimitError, StartEr
 from safeloader.testing import wait_until
 from tests import loaders, scripts
 from tests.loaders import Deadly, DeadlyOncePerBatch, DeadlyOnceTold, RandomLoader, Saboteur, fingerprint
-from tests.ring import in_use
 
 pytestmark = pytest.mark.usefixtures("warm_nursery")
 
@@ -113,7 +112,7 @@ def test_a_death_while_idle_costs_no_batch(number: signal.Signals, undisturbed: 
     with SafeAugmenter(RandomLoader(), None, WORKERS, 2, seed=7) as augmenter:
         batches = [fingerprint(next(augmenter)) for _ in range(5)]
         wait_until(lambda: all(worker.state == "ready" for worker in augmenter.workers()))
-        wait_until(lambda: in_use(augmenter) == {"filling": 0, "ready": 6, "leased": 0})
+        wait_until(lambda: augmenter.report().slots == {"free": 0, "filling": 0, "ready": 6, "leased": 0})
         wait_until(lambda: all(worker.stage == "idle" for worker in augmenter.workers()))
         victim = augmenter.workers()[1]
         assert victim.pid is not None
@@ -345,7 +344,7 @@ def test_batches_that_were_ready_are_delivered_before_the_pool_is_given_up(
     loader = DeadlyOnceTold(tmp_path / "now")
     with SafeAugmenter(loader, None, WORKERS, 2, seed=7, max_restarts=0) as augmenter:
         batches = [fingerprint(next(augmenter))]
-        wait_until(lambda: in_use(augmenter) == {"filling": 0, "ready": 6, "leased": 0})
+        wait_until(lambda: augmenter.report().slots == {"free": 0, "filling": 0, "ready": 6, "leased": 0})
         loader.flag.touch()
         with pytest.raises(
             RestartLimitError, match=r"3 workers died without making a batch.*exit code 5 while loading"

@@ -19,7 +19,6 @@ from safeloader import SafeAugmenter
 from safeloader.pool.supervisor import Supervisor
 from safeloader.testing import wait_until
 from tests.loaders import RandomLoader, fingerprint
-from tests.ring import in_use
 
 pytestmark = pytest.mark.usefixtures("warm_nursery")
 
@@ -81,7 +80,7 @@ def test_no_process_is_left_and_the_batches_stay(resting: SafeAugmenter) -> None
     report = resting.report()
     assert (report.resting, report.workers, report.restarts, report.incidents) == (WORKERS, WORKERS, 0, ())
     gc.collect()
-    assert in_use(resting) == {"filling": 0, "ready": SLOTS, "leased": 0}
+    assert resting.report().slots == {"free": 0, "filling": 0, "ready": SLOTS, "leased": 0}
     for worker in resting.workers():
         assert (worker.pid, worker.stage, worker.ticket, worker.memory_nbytes) == (None, "idle", None, None)
 

@@ -19,7 +19,6 @@ from safeloader.ring.pinning import Pinning
 from safeloader.testing import Killer, wait_until
 from tests.fake_cuda import FakeCuda
 from tests.loaders import RandomLoader
-from tests.ring import in_use
 
 pytestmark = pytest.mark.usefixtures("warm_nursery")
 
@@ -123,7 +122,7 @@ def test_late_copies_of_a_stream_with_dying_workers_and_growing_slots(cuda: Fake
 def test_nothing_of_cuda_is_touched_before_a_batch_is_taken(cuda: FakeCuda, slots: Pinning) -> None:
     with _augmenter(slots) as augmenter:
         augmenter._start()
-        wait_until(lambda: in_use(augmenter) == {"filling": 0, "ready": SLOTS, "leased": 0})
+        wait_until(lambda: augmenter.report().slots == {"free": 0, "filling": 0, "ready": SLOTS, "leased": 0})
         assert cuda.calls == []
         next(augmenter)
         assert cuda.calls[:2] == ["start", "register"]
@@ -137,7 +136,7 @@ def test_a_gpu_that_stands_still_holds_up_next_and_nothing_else(cuda: FakeCuda, 
         got: list[Any] = []
         waiting = threading.Thread(target=lambda: got.append(next(augmenter)))
         waiting.start()
-        wait_until(lambda: in_use(augmenter) == {"filling": 0, "ready": 0, "leased": SLOTS})
+        wait_until(lambda: augmenter.report().slots == {"free": 0, "filling": 0, "ready": 0, "leased": SLOTS})
         assert len(augmenter.workers()) == WORKERS and got == []
         cuda.finish(number)
         waiting.join()
