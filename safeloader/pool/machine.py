@@ -11,10 +11,10 @@ Six books are kept by parts of their own: `crew` (who is in which state), `lanes
 without progress).
 
 Sizes. A lane has at most workers + 2 x num_cached slots, and where workers share one, a reserve for when a ticket that
-takes long holds up others: see `slots`. It is opened once the first batch tells how much of it fits, and the OOM killer
-closes it for good. The consumer leases no more than `Limits.max_leases` of the slots (beyond that it gets copies), so
-workers always have some. A lost ticket has a slot kept for it: otherwise the others' READY slots could wait for it for
-ever.
+takes long holds up others: see `slots`. It is for batches that are not quick, as far as the first one told that it fits
+into memory, until the OOM killer strikes. The consumer leases no more than `Limits.max_leases` of the slots (beyond
+that it gets copies), so workers always have some. A lost ticket has a slot kept for it: otherwise the others' READY
+slots could wait for it for ever.
 
 Restarts. A death is replaced at once; the same worker's next ones after a growing back-off, until it makes a batch.
 If not all may run, those with the fewest deaths do. A worker that was idle is not evidence against the pool, so it does
@@ -86,7 +86,7 @@ trainer. In a lane of its own only one: if that fails, it comes again before the
 QUICK_S: Final = 0.1
 """Batches that take longer are given out one at a time. To wait for the trainer's interpreter lock (5 ms) costs little
 then, and a ticket behind a slow one in the same worker would hold up all that come after it: see
-`benchmarks/ordering.py`."""
+`benchmarks/ordering.py`. And only they may use the reserve: to hold up quick ones for a moment costs nothing."""
 RESERVE: Final = 3
 """Slots of the reserve per worker. nnU-Net's 3d_fullres batches take 0.1 to 1.6 s each (standard deviation: 0.86 of the
 mean). With 12 workers and 24 slots, a consumer that is faster would get 0.7 of what they can make; with 60, 0.95."""
@@ -195,6 +195,7 @@ class Machine:
         self._may_rest_once_measured = not limits.own_lanes and limits.rest_after_s < math.inf
         self._may_rest = self._may_rest_once_measured and limits.begin_with is None
         self._said_who_rests = False
+        self._reserve = 0  # slots that memory has room for
         self._last = 0.0
         self._sleeps: deque[tuple[float, float]] = deque(maxlen=_SLEEPS)  # (from, to)
         self._actions: list[Action] = []
@@ -264,7 +265,8 @@ class Machine:
         match event:
             case Budget(workers, reserve):
                 self._note(self._strength.budget(workers))
-                self._open_reserve(reserve)
+                self._reserve = min(reserve, self.limits.reserve)
+                self._open_reserve()
                 self._may_rest = self._may_rest_once_measured
             case Taken(ticket):
                 self._lane_of(ticket).slots.taken(ticket)
@@ -356,6 +358,7 @@ class Machine:
 
     def _on_batch(self, event: Finished, now: float, begun: float) -> None:
         self._patience.took(now - begun)
+        self._open_reserve()
         self._workers[event.worker].deaths.clear()
         self._strength.batch_was_made()
         lasted_s = self.blame.succeeded(event.ticket, event.cases, now, begun=begun)
@@ -422,13 +425,15 @@ class Machine:
 
     def _too_many(self, now: float) -> Action | None:
         """Memory did not suffice for those that ran; who rests had no part in that."""
-        self._open_reserve(0)
+        self._reserve = 0
+        self._open_reserve()
         fewer = self._crew.running if self._crew.resting else None
         return self._strength.one_less(Why.MEMORY, now, fewer=fewer)
 
-    def _open_reserve(self, slots: int) -> None:
+    def _open_reserve(self) -> None:
+        """As far as memory has room for it, and for batches that are not quick."""
         for lane in self._lanes:
-            lane.slots.reserve = min(slots, self.limits.reserve)
+            lane.slots.reserve = self._reserve if self._patience.typical_s > QUICK_S else 0
 
     def _next_rung(self, worker: Worker, now: float) -> Action | None:
         """What to change when deaths are too many; None if they are not."""

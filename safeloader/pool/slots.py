@@ -8,8 +8,9 @@ A slot has one owner at any time, and only a FREE or FILLING slot is written to.
 
 Tickets are taken in order, so one that takes long holds up those that are READY behind it. A ring that is full of them
 would leave workers idle until it comes, while the consumer waits. So while a ticket holds up others, and only then, new
-tickets may have slots of a reserve. Not while one was lost and is made again: what fails is soon found out, and a ring
-full of failures would look like an outage of the storage. Once made, the slots stay, for the next time.
+tickets may have slots of a reserve, where batches take long enough for that to matter. Not while one was lost and is
+made again: what fails is soon found out, and a ring full of failures would look like an outage of the storage. Once
+made, the slots stay, for the next time.
 """
 
 from __future__ import annotations

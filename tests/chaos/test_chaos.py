@@ -34,6 +34,7 @@ from safeloader import SafeAugmenter
 from safeloader.pool.seeding import seed_everything
 from safeloader.testing import Orders, wait_until
 from tests.chaos.havoc import DEEDS, Havoc, make_loader, pack
+from tests.ring import in_use
 
 ROOT_SEED = 11
 BOUND_S = float(os.environ.get("SAFELOADER_CHAOS_BOUND_S", "60"))
@@ -89,22 +90,26 @@ def _settled(pools: list[SafeAugmenter]) -> dict[str, int]:
     def quiet() -> bool:
         workers = [worker for pool in pools for worker in pool.workers()]
         return all(worker.state == "ready" and worker.stage == "idle" for worker in workers) and all(
-            (slots := pool.report().slots) is not None and not slots["filling"] and not slots["free"] for pool in pools
+            sum(in_use(pool).values()) >= pool.num_processes + 2 * pool.num_cached for pool in pools
         )
 
     gc.collect()
     wait_until(quiet, timeout_s=60, what="all workers ready and idle")
     # The supervisor reads the kernel's counters now and then: a file that is open for a moment is in one count alone.
-    wait_until(lambda: all(_held() == _held() for _ in range(3)), what="that no file is being read")
-    return _held()
+    wait_until(lambda: all(_held(pools) == _held(pools) for _ in range(3)), what="that no file is being read")
+    return _held(pools)
 
 
-def _held() -> dict[str, int]:
+def _held(pools: list[SafeAugmenter]) -> dict[str, int]:
+    """Without the slots, of which a pool may have more or fewer: see `pool/slots.py`."""
     process = psutil.Process()
+    slots = sum(sum((pool.report().slots or {}).values()) for pool in pools)
+    mapped = Counter(re.findall("memfd:safeloader-(slot)?", Path("/proc/self/maps").read_text()))
     return {
-        "descriptors": process.num_fds(),
+        "descriptors": process.num_fds() - slots,
         "processes": len(process.children(recursive=True)),
-        "mappings": len(re.findall("memfd:safeloader", Path("/proc/self/maps").read_text())),
+        "mappings": mapped[""],
+        "mappings of slots that are gone": max(0, mapped["slot"] - slots),
     }
 
 

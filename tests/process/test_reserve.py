@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from safeloader import SafeAugmenter
+from safeloader.pool.machine import QUICK_S
 from safeloader.testing import wait_until
 
 WORKERS, CACHED = 2, 1
@@ -32,6 +34,7 @@ class FirstIsSlow:
         if self.waits:
             wait_until(self.gate.exists, timeout_s=60)
             self.waits = False
+        time.sleep(2 * QUICK_S)
         return {"data": np.random.rand(1000)}
 
 

@@ -11,7 +11,7 @@ from safeloader.faults import memory
 from safeloader.faults.memory import MemoryBudget
 from safeloader.pool import events, memory_watch
 from safeloader.pool.events import Cause, Failure
-from safeloader.pool.machine import RESERVE, Machine
+from safeloader.pool.machine import QUICK_S, RESERVE, Machine
 from safeloader.pool.memory_watch import Fit, Ring, fit
 from tests.unit.simulation import limits
 
@@ -20,7 +20,7 @@ USUAL, MOST = WORKERS + 2 * CACHED, RESERVE * WORKERS
 GIB = 2**30
 
 
-def held_up(reserve: int | None, **others: object) -> Machine:
+def held_up(reserve: int | None, batch_s: float = 2 * QUICK_S, **others: object) -> Machine:
     """Worker 0 is busy with ticket 0 for ever; worker 1 has made all that it may. None: memory was not measured yet."""
     machine = Machine(limits(WORKERS, CACHED, **others))
     machine.handle(events.Tick(), 0.0)
@@ -28,14 +28,14 @@ def held_up(reserve: int | None, **others: object) -> Machine:
     if reserve is not None:
         machine.handle(events.Budget(WORKERS, reserve), 0.0)
     machine.handle(events.Ready(1, 0), 0.0)
-    work_on(machine)
+    work_on(machine, batch_s)
     return machine
 
 
-def work_on(machine: Machine) -> None:
-    while machine._workers[1].assigned:
-        ticket, slot = machine._workers[1].assigned[0]
-        machine.handle(events.Finished(1, machine.incarnation(1), ticket, slot), 1.0)
+def work_on(machine: Machine, batch_s: float = 2 * QUICK_S) -> None:
+    while (worker := machine._workers[1]).assigned:
+        ticket, slot = worker.assigned[0]
+        machine.handle(events.Finished(1, machine.incarnation(1), ticket, slot), worker.began + batch_s)
         machine.validate()
 
 
@@ -47,6 +47,10 @@ def in_use(machine: Machine) -> int:
 def test_what_is_held_up_gets_the_reserve_that_memory_allows(reserve: int | None, more: int) -> None:
     machine = held_up(reserve)
     assert in_use(machine) == USUAL + more
+
+
+def test_quick_batches_have_none() -> None:
+    assert in_use(held_up(MOST, batch_s=QUICK_S / 2)) == USUAL
 
 
 def test_when_nothing_is_held_up_the_ring_is_as_large_as_ever() -> None:
