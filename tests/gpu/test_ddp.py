@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from safeloader.cli.demo.killing import Killer
 from safeloader.cli.demo.processes import CommandProcess, tail
 from safeloader.nnunet.short import SAFE_TRAINER, read_steps, write_trainers
 from safeloader.nnunet.workspace import Workspace
+from tests.workspaces import beside
 
 GPUS = 2
 EPOCHS, ITERATIONS, VAL_ITERATIONS = 2, 100, 5
@@ -24,9 +24,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_all_ranks_train_on_while_workers_are_killed(brain: Workspace, tmp_path: Path) -> None:
-    workspace = replace(brain, folder=tmp_path)
-    workspace.raw.symlink_to(brain.raw)
-    workspace.preprocessed.symlink_to(brain.preprocessed)
+    workspace = beside(brain, tmp_path)
     write_trainers(workspace.trainers, epochs=EPOCHS, iterations=ITERATIONS, val_iterations=VAL_ITERATIONS)
     command = workspace.train_command(SAFE_TRAINER, "-num_gpus", str(GPUS), device="cuda")
     output, log = workspace.output_folder(SAFE_TRAINER), tmp_path / "console.log"

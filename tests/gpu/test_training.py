@@ -8,7 +8,6 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from safeloader.cli.demo.killing import Killer
 from safeloader.cli.demo.processes import CommandProcess, tail
 from safeloader.nnunet.short import SAFE_TRAINER, read_steps, write_trainers
 from safeloader.nnunet.workspace import Workspace
+from tests.workspaces import beside
 
 EPOCHS, ITERATIONS, VAL_ITERATIONS = 3, 100, 5
 KILLS = 3
@@ -35,10 +35,7 @@ def make(brain: Workspace, tmp_path: Path) -> Make:
     """Makes workspaces with results of their own."""
 
     def make(name: str, epochs: int = EPOCHS, iterations: int = ITERATIONS) -> Workspace:
-        workspace = replace(brain, folder=tmp_path / name)
-        workspace.folder.mkdir()
-        workspace.raw.symlink_to(brain.raw)
-        workspace.preprocessed.symlink_to(brain.preprocessed)
+        workspace = beside(brain, tmp_path / name)
         write_trainers(workspace.trainers, epochs=epochs, iterations=iterations, val_iterations=VAL_ITERATIONS)
         return workspace
 

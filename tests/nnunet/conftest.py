@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +20,7 @@ import safeloader
 from safeloader.nnunet.brain import DATASET_NAME, write_dataset
 from safeloader.nnunet.short import write_trainers
 from safeloader.nnunet.workspace import PLANS, SMALL_CONFIGURATION, Workspace
+from tests.workspaces import beside
 
 MakeTrainer = Callable[..., Any]
 CASES = 5  # fold 0 validates one of them
@@ -87,9 +87,7 @@ def make_workspace(brain_workspace: Workspace, tmp_path_factory: pytest.TempPath
     """
 
     def make(*, epochs: int = 2, iterations: int = 10, val_iterations: int = 2, validates: bool = True) -> Workspace:
-        workspace = replace(brain_workspace, folder=tmp_path_factory.mktemp("workspace"))
-        workspace.raw.symlink_to(brain_workspace.raw)
-        workspace.preprocessed.symlink_to(brain_workspace.preprocessed)
+        workspace = beside(brain_workspace, tmp_path_factory.mktemp("workspace"))
         path = write_trainers(workspace.trainers, epochs=epochs, iterations=iterations, val_iterations=val_iterations)
         if not validates:
             path.write_text(path.read_text() + WITHOUT_VALIDATION)
