@@ -131,17 +131,15 @@ class Slots:
 
     def taken(self, ticket: int) -> None:
         """READY → LEASED; nothing if it was let go already."""
-        self._to_take = max(self._to_take, ticket + self._step)
-        slot = self._ready.pop(ticket, None)
+        slot = self._ready.get(ticket)
         if slot is not None:
+            self._forget(self._slots[slot])
             self._slots[slot] = Slot(SlotState.LEASED)
 
     def released(self, slot: int) -> None:
         """LEASED → FREE; also READY → FREE: it was taken and let go so quickly that `taken` is still to come."""
         known = self._slots.get(slot)
         if known is not None and known.state in (SlotState.READY, SlotState.LEASED):
-            if known.ticket is not None:
-                self._to_take = max(self._to_take, known.ticket + self._step)
             self._forget(known)
             self.free(slot)
 
@@ -151,6 +149,7 @@ class Slots:
         self._free.pop(slot, None)
 
     def _forget(self, slot: Slot) -> None:
-        """It is not READY any more, if it was."""
+        """It is not READY any more, if it was; its ticket will not be taken again."""
         if slot.state is SlotState.READY and slot.ticket is not None:
             self._ready.pop(slot.ticket, None)
+            self._to_take = max(self._to_take, slot.ticket + self._step)

@@ -204,7 +204,7 @@ def test_a_fork_that_blocks_is_survived_by_forking_from_the_trainer(undisturbed:
     options = {"hang_timeout_first_s": 6, "max_restarts": 0, "backoff_max_s": 0}
     with SafeAugmenter(BlocksForks(), None, 1, 2, seed=7, **options) as augmenter:
         assert [fingerprint(next(augmenter)) for _ in range(BATCHES)] == undisturbed
-        assert re.search(r"did not answer for \d+\.\d s", augmenter.report().incidents[0].message)
+        assert "did not answer for 6." in augmenter.report().incidents[0].message
 
 
 def test_the_nursery_dies_while_several_workers_hang(undisturbed: list[object], tmp_path: Path) -> None:
