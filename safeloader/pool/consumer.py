@@ -20,6 +20,7 @@ from typing import Any
 from safeloader import killpoints
 from safeloader.pool import events
 from safeloader.pool.failure import FailureRecord, to_error
+from safeloader.pool.mailbox import Wakeup
 from safeloader.pool.work import EpochEnd
 from safeloader.ring import codec
 from safeloader.ring.lease import Lease, lease
@@ -61,7 +62,8 @@ class Consumer:
     Attributes:
         wait_s: how long `take` has waited, in seconds, all in all; without the wait that goes on now.
         waiting: the ticket that `take` waits for now, and since when on `time.monotonic`'s clock; or None.
-        wants_slots: whether work waits for a slot: only then a lease that ends wakes the supervisor. Set by it.
+        freed: is set whenever a lease ends. wants_slots: whether work waits for a slot; set by the supervisor, which
+            listens to `freed` only then.
         post: tells the machine that the stream has failed. wake: has `news` asked. describe: says who has a ticket.
             record: is told of each batch that is delivered. All four are set before the first `put`.
     """
@@ -80,6 +82,7 @@ class Consumer:
         self._ends = 0  # how many of those taken were ends of epochs
         self.wait_s = 0.0
         self.waiting: tuple[int, float] | None = None
+        self.freed = Wakeup()
         self.wants_slots = True
         self.post: Callable[[events.Event], None] = _nowhere
         self.wake: Callable[[], None] = _not_open
@@ -106,7 +109,7 @@ class Consumer:
     def put(self, ticket: int, slot: int, file: MemoryFile, *, failed: bool) -> None:
         """A batch (or, `failed`, the record of an exception) is ready in the slot's file."""
         mapping = file.map(populate=True)
-        leased, held = lease(mapping, slot, self._ended, self._lease_ended)
+        leased, held = lease(mapping, slot, self._ended, self.freed.set)
         self._leases[slot] = held
         self._ready[ticket] = _ReadyBatch(leased, held, file, mapping, failed)
         self._unannounced = True
@@ -143,6 +146,10 @@ class Consumer:
         """The pool is closed: forget what nobody took."""
         self._ready.clear()
 
+    def leave_in_child(self) -> None:
+        """In a child forked from the trainer: what ends there is no lease of anybody's."""
+        self._leases.clear()
+
     def slots_closed(self) -> None:
         """The pool has closed its slots; views on them live on."""
         if self._pinning is not None:
@@ -173,11 +180,6 @@ class Consumer:
             self._bell.release()
 
     # ---- the training thread ----
-
-    def _lease_ended(self) -> None:
-        """In any thread, at any moment: see `lease`. Whoever sets `wants_slots` looks at `ended` after it."""
-        if self.wants_slots:
-            self.wake()
 
     def take(self, lane: int = 0) -> Any:
         """The batch of the lane's next ticket; waits for it.
@@ -223,8 +225,7 @@ class Consumer:
         started = time.monotonic()
         said = False
         if self.wants_slots and ticket not in self._ready:
-            # Once a wait, not once a ring: a lease's alarm may have got lost before it; and as long as this ticket
-            # holds up others, work need not wait for a slot.
+            # It learns what was taken: as long as this ticket holds up others, work need not wait for a slot.
             self.wake()
         self.waiting = ticket, started
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from collections import deque
@@ -9,17 +10,17 @@ from collections.abc import Callable, Iterator
 
 
 class Wakeup:
-    """Wakes the supervisor from any thread. Its descriptor lives as long as anybody who might use it."""
+    """Wakes the supervisor from any thread.
+
+    Attributes:
+        set: does it, without a line of Python, in which a signal's handler could run. The descriptor lives as long as
+            anybody holds this.
+    """
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._pid = os.getpid()
-        weakref.finalize(self, os.close, self.fd).atexit = False
-
-    def set(self) -> None:
-        """Wake it. In a child forked from the trainer this does nothing: the descriptor there is the trainer's."""
-        if os.getpid() == self._pid:
-            os.eventfd_write(self.fd, 1)
+        self.set: Callable[[], None] = functools.partial(os.eventfd_write, self.fd, 1)
+        weakref.finalize(self.set, os.close, self.fd).atexit = False
 
     def clear(self) -> None:
         """Call before looking at what it was woken for."""

@@ -169,10 +169,7 @@ class Pool:
                         self.consumer.fail(records.out_of_resources(self.name, error))
                         queue.append(events.Close(failed=True))
                         break
-                if not queue:
-                    self.consumer.wants_slots = self.machine.wants_slots
-                    if self.consumer.wants_slots:  # a lease may have ended just before, and have woken nobody
-                        queue.extend(self.consumer.news())
+            self.consumer.wants_slots = self.machine.wants_slots
             self.due = self.machine.next_wake()
             if len(self.lives) > self.machine.running:
                 for life in list(self.lives.values()):

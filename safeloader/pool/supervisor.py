@@ -32,7 +32,7 @@ from safeloader.faults.incident import Incident
 from safeloader.pool import machine, relay
 from safeloader.pool.blame import Policy
 from safeloader.pool.consumer import Consumer
-from safeloader.pool.mailbox import Mailbox
+from safeloader.pool.mailbox import Mailbox, Wakeup
 from safeloader.pool.memory_watch import MemoryWatch, OomWatch
 from safeloader.pool.nurseries import Nurseries
 from safeloader.pool.patience import HangLimits
@@ -119,6 +119,7 @@ class Supervisor:
     def _let_go_in_child(self) -> None:
         """In a child forked from the trainer: close the trainer's sockets, so that their other ends see its end."""
         for pool in self._pools.values():
+            pool.consumer.leave_in_child()
             for life in pool.lives.values():
                 life.channel.close()
                 life.relay.close()
@@ -156,6 +157,7 @@ class Supervisor:
         self._nurseries.pump()
         for pool in list(self._pools.values()):
             pool.consumer.announce()
+            self._listen(pool.consumer.freed, wanted=pool.consumer.wants_slots)
             if pool.machine.stopped and not pool.lives:
                 self._dismiss(pool)
 
@@ -169,8 +171,18 @@ class Supervisor:
         self._pools[pool.number] = pool
         pool.open(self._nurseries)
 
+    def _listen(self, freed: Wakeup, *, wanted: bool) -> None:
+        """What has ended meanwhile keeps the descriptor readable."""
+        if wanted == (freed.fd in self._selector.get_map()):
+            return
+        if wanted:
+            self._selector.register(freed.fd, selectors.EVENT_READ, freed.clear)
+        else:
+            self._selector.unregister(freed.fd)
+
     def _dismiss(self, pool: Pool) -> None:
         del self._pools[pool.number]
+        self._listen(pool.consumer.freed, wanted=False)
         self._nurseries.retire(pool)
         self._let_go()
         pool.dispose()

@@ -7,12 +7,15 @@ storage keeps the object whose end is watched here.
 from __future__ import annotations
 
 import mmap
+import operator
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+
+_SOUND: Final = operator.methodcaller("alarm")
 
 
 class Lease(weakref.ref[Any]):
@@ -22,11 +25,11 @@ class Lease(weakref.ref[Any]):
         user: what the training loop holds, where a copy to the GPU may hold the memory for longer; see `pinning`.
     """
 
-    __slots__ = ("_alarm", "slot", "user")
+    __slots__ = ("_heard", "slot", "user")
 
     slot: int
     user: weakref.ref[Any] | None
-    _alarm: weakref.ref[Any]
+    _heard: _Heard
 
     @property
     def in_use(self) -> bool:
@@ -34,15 +37,25 @@ class Lease(weakref.ref[Any]):
         return self() is not None and (self.user is None or self.user() is not None)
 
 
+class _Heard(weakref.ref[Any]):
+    """A second reference to that memory, whose end calls `alarm`."""
+
+    __slots__ = ("alarm",)
+
+    alarm: Callable[[], None]
+
+
 def lease(memory: mmap.mmap, slot: int, ended: deque[Lease], alarm: Callable[[], None]) -> tuple[memoryview, Lease]:
     """A writable view on a slot's memory, and the lease on it, which adds itself to `ended` when it ends.
 
     Every buffer sliced from the view holds it, and with it the mapping. It may end in any thread, at any moment at
-    which Python collects garbage. Adding it takes no line of Python, so no signal (Ctrl-C in a notebook) can
-    interrupt it half-way and lose the slot. `alarm` is called then, too; it must take no lock, and may get lost.
+    which Python collects garbage; `alarm` is called then, too. Neither takes a line of Python, and `alarm` must not: a
+    signal's handler could run there, and Python drops what is raised in a callback of a weak reference. So Ctrl-C
+    is never lost in here, nor is the slot.
     """
     root = np.frombuffer(memory, dtype=np.uint8)
-    heard = weakref.ref(root, lambda _: alarm())
+    heard = _Heard(root, _SOUND)
+    heard.alarm = alarm
     held = Lease(root, ended.append)  # the newest reference is told first
-    held.slot, held.user, held._alarm = slot, None, heard
+    held.slot, held.user, held._heard = slot, None, heard
     return root.data, held
