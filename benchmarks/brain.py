@@ -6,6 +6,7 @@ two minutes. The tiny one takes 20 s: 6 mm, and a configuration with a small pat
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Mapping
@@ -14,15 +15,18 @@ from typing import Any, Final
 
 from safeloader.nnunet.brain import DATASET_ID, DATASET_NAME, write_dataset
 from safeloader.nnunet.stock import Asked, training_loader
-from safeloader.nnunet.workspace import SMALL_CONFIGURATION, Workspace
+from safeloader.nnunet.workspace import SMALL_CONFIGURATION, Workspace, nnunet_executable
 
 SIZES: Final[Mapping[str, tuple[int, int]]] = {"full": (8, 1), "tiny": (5, 6)}
 """Cases, and the edge of a voxel in mm."""
+RESENC_L: Final = "3d_resenc_l"
+"""The 3d_fullres of nnU-Net's planner for large residual encoders, which asks more of a GPU than of the CPU."""
 CONFIGURATIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "full": ("3d_fullres", "2d"),
     "tiny": (SMALL_CONFIGURATION,),
 }
-"""What nnU-Net plans for them: at 1 mm, 3d_fullres has a patch of 128³ and batches of 2, 2d 256×224 and 57."""
+"""What nnU-Net plans for them by default. At 1 mm, 3d_fullres has a patch of 128×160×112 and batches of 2, 2d 192×160
+and 54, and `RESENC_L` 160×192×160 and 3."""
 
 
 def workspace(size: str) -> Workspace:
@@ -38,7 +42,22 @@ def workspace(size: str) -> Workspace:
         if size == "tiny":
             found.add_small_configuration(patch=(24, 32, 24), features=(4, 8, 16))
         done.touch()
+    if size == "full":
+        _add_resenc_l(found)
     return found
+
+
+def _add_resenc_l(found: Workspace) -> None:
+    """It trains on what was preprocessed for 3d_fullres."""
+    plans = json.loads(found.plans_file.read_text())
+    if RESENC_L in plans["configurations"]:
+        return
+    planner, its_plans = "nnUNetPlannerResEncL", "nnUNetResEncUNetLPlans"
+    command = [nnunet_executable("nnUNetv2_plan_experiment"), "-d", str(DATASET_ID), "-pl", planner]
+    subprocess.run(command, env=found.environment(), check=True, stdout=subprocess.DEVNULL)
+    made = json.loads(found.plans_file.with_name(f"{its_plans}.json").read_text())
+    plans["configurations"][RESENC_L] = made["configurations"]["3d_fullres"]
+    found.plans_file.write_text(json.dumps(plans, indent=4))
 
 
 def loader(size: str, configuration: str) -> Any:
