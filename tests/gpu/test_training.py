@@ -99,7 +99,7 @@ def no_headers(folder: Path) -> dict[str, str]:
             f"os.execvpe({name!r}, [{name!r}, *args], {{**os.environ, 'PATH': binaries}})\n"
         )
         compiler.chmod(0o755)
-    return {"PATH": f"{folder}:/usr/local/bin:/usr/bin:/bin"}
+    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
 
 
 def no_triton_cache(folder: Path) -> dict[str, str]:
