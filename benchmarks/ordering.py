@@ -1,14 +1,15 @@
 """What a fixed order and a seed for each batch cost, beside first come, first served.
 
-    python -m benchmarks.ordering [--rounds 5] [--batches 500] [--workers 12] [--spreads 1,10,100]
+    python -m benchmarks.ordering [--rounds 5] [--batches 500] [--workers 12] [--spreads 1,10,100] [--paces 0.9,2]
 
 The stock class gives batches as they come; SafeLoader gives them in the order of their tickets, so one that takes long
 holds up those behind it, as far as the ring does not absorb that. The workers only wait (they share no core), for times
-that vary: all the same, tenfold or a hundredfold, drawn log-uniformly with the same mean. The consumer takes batches
-as fast as it gets them, which is the worst case: a training that is slower than its workers never notices.
+that vary: all the same, tenfold or a hundredfold, drawn log-uniformly with the same mean. (nnU-Net's 3d_fullres batches
+vary twentyfold.) The consumer trains on each batch for so long that it needs a share of what the workers can make, its
+pace: at 0.9 it is the limit, and what it has waited can't be made up for; at 2 the workers are.
 
-`of_possible` is the throughput as a part of what so many workers can make: workers / mean time. Seeding is measured by
-itself, once, over the loader of a small nnU-Net kind.
+`of_possible` is the throughput as a part of what so many workers can make (workers / mean time) or of what the consumer
+needs, whichever is less. Seeding is measured by itself, once, over the loader of a small nnU-Net kind.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ _SEEDED = 2000
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement; `of_possible` is what the module says."""
+    """One measurement; `pace` and `of_possible` are what the module says."""
 
     contestant: str
     round: int
     spread: int
+    pace: float
     workers: int
     batches: int
     batches_per_s: float
@@ -95,6 +97,10 @@ def _spreads(rows: Sequence[Row]) -> list[int]:
     return sorted({row.spread for row in rows})
 
 
+def _paces(rows: Sequence[Row]) -> list[float]:
+    return sorted({row.pace for row in rows})
+
+
 class Ordering(Benchmark[Row]):
     """See the module."""
 
@@ -106,26 +112,36 @@ class Ordering(Benchmark[Row]):
         "warm_up": 100,
         "workers": 12,
         "spreads": "1,10,100",
+        "paces": "0.9,2",
     }
-    tiny: ClassVar[Mapping[str, Size]] = {"rounds": 1, "batches": 8, "warm_up": 4, "workers": 2, "spreads": "10"}
+    tiny: ClassVar[Mapping[str, Size]] = {
+        "rounds": 1, "batches": 8, "warm_up": 4, "workers": 2, "spreads": "10", "paces": "2",
+    }  # fmt: skip
 
     def cases(self, sizes: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Both, for each spread."""
+        """Both, for each pace and spread."""
         counts = {name: sizes[name] for name in ("workers", "batches", "warm_up")}
-        spreads = map(int, sizes["spreads"].split(","))
-        return [{"contestant": name, "spread": spread, **counts} for spread in spreads for name in _CONTESTANTS]
+        return [
+            {"contestant": name, "spread": int(spread), "pace": float(pace), **counts}
+            for pace in sizes["paces"].split(",")
+            for spread in sizes["spreads"].split(",")
+            for name in _CONTESTANTS
+        ]
 
     def measure(self, number: int, **case: Any) -> list[Row]:
-        """Take batches as fast as they come."""
+        """Train at that pace."""
         batches, workers = case["batches"], case["workers"]
+        train_s = MEAN_S / workers / case["pace"]
         running = PEERS[case["contestant"]](Uneven(case["spread"]), workers, _CACHED)
-        for _ in range(case["warm_up"]):
-            next(running)
-        waits, started = [], time.monotonic()
-        for _ in range(batches):
+        waits = []
+        for taken in range(case["warm_up"] + batches):
+            if taken == case["warm_up"]:
+                started = time.monotonic()
             begun = time.monotonic()
             next(running)
-            waits.append(time.monotonic() - begun)
+            ready = time.monotonic()
+            waits.append(ready - begun)
+            time.sleep(max(0.0, ready + train_s - time.monotonic()))
         per_s = batches / (time.monotonic() - started)
         running.close()
         return [
@@ -133,11 +149,12 @@ class Ordering(Benchmark[Row]):
                 contestant=case["contestant"],
                 round=number,
                 spread=case["spread"],
+                pace=case["pace"],
                 workers=workers,
                 batches=batches,
                 batches_per_s=round(per_s, 1),
-                of_possible=round(per_s * MEAN_S / workers, 4),
-                longest_wait_s=round(max(waits), 3),
+                of_possible=round(per_s * MEAN_S / workers / min(1.0, case["pace"]), 4),
+                longest_wait_s=round(max(waits[case["warm_up"] :]), 3),
             )
         ]
 
@@ -146,45 +163,56 @@ class Ordering(Benchmark[Row]):
         return seeding_us()
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
-        """A line for each spread."""
+        """A line for each pace and spread."""
         lines = []
-        for spread in _spreads(rows):
-            rates, possible, waits = (
-                [median(rows, column, contestant=name, spread=spread) for name in _CONTESTANTS]
-                for column in ("batches_per_s", "of_possible", "longest_wait_s")
-            )
-            spread_in_words = f"all {MEAN_S} s" if spread == 1 else f"vary {spread}-fold"
-            longest = (f"{wait:.2f}" for wait in waits)
-            cells = (*(f"{rate:.1f}" for rate in rates), times(rates[1], rates[0]), f"{possible[1]:.0%}", *longest)
-            lines.append((spread_in_words, *cells))
-        title = f"A fixed order: {rows[0].workers} workers that wait, a consumer that is faster (median)"
+        for pace in _paces(rows):
+            for spread in _spreads(rows):
+                rates, possible, waits = (
+                    [median(rows, column, contestant=name, spread=spread, pace=pace) for name in _CONTESTANTS]
+                    for column in ("batches_per_s", "of_possible", "longest_wait_s")
+                )
+                in_words = f"all {MEAN_S} s" if spread == 1 else f"vary {spread}-fold"
+                shares = (f"{share:.0%}" for share in possible)
+                longest = (f"{wait:.2f}" for wait in waits)
+                cells = (*(f"{rate:.1f}" for rate in rates), times(rates[1], rates[0]), *shares, *longest)
+                lines.append((f"{pace:.0%}", in_words, *cells))
+        title = (
+            f"A fixed order: {rows[0].workers} workers that wait, and a consumer that needs a share of what they can "
+            "make (median). Possible: what they can make, or what it needs, if that is less"
+        )
         header = (
+            "needed",
             "times of batches",
             "stock, batches/s",
             "safeloader, batches/s",
             "of stock",
-            "of what is possible",
+            "stock, of possible",
+            "safeloader, of possible",
             "stock's longest wait, s",
             "safeloader's, s",
         )
         return [Table(title, header, tuple(lines))]
 
     def draw(self, rows: Sequence[Row], figure: Figure) -> None:
-        """Throughput over the spread, each round a dot."""
-        axes, spreads = figure.subplots(), _spreads(rows)
-        for name in _CONTESTANTS:
-            medians = [median(rows, "of_possible", contestant=name, spread=spread) for spread in spreads]
-            axes.plot(spreads, medians, color=colour(name), label=name)
-            own = [row for row in rows if row.contestant == name]
-            axes.plot([row.spread for row in own], [row.of_possible for row in own], "o", color=colour(name), ms=3)
-        axes.set_xscale("log")
-        axes.set_xticks(spreads, [f"{spread} ×" for spread in spreads])
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel("longest by shortest time of a batch")
-        axes.set_ylabel("throughput, of what is possible")
-        axes.legend(frameon=False)
-        axes.set_title(f"A fixed order beside first come, first served, {rows[0].workers} workers")
-        tidy(axes)
+        """Throughput over the spread, each round a dot; a panel for each pace."""
+        paces, spreads = _paces(rows), _spreads(rows)
+        panels = figure.subplots(1, len(paces), sharey=True, squeeze=False)[0]
+        for axes, pace in zip(panels, paces, strict=True):
+            for name in _CONTESTANTS:
+                own = [row for row in rows if (row.contestant, row.pace) == (name, pace)]
+                axes.plot(
+                    spreads, [median(own, "of_possible", spread=s) for s in spreads], color=colour(name), label=name
+                )
+                axes.plot([row.spread for row in own], [row.of_possible for row in own], "o", color=colour(name), ms=3)
+            axes.set_xscale("log")
+            axes.set_xticks(spreads, [f"{spread} ×" for spread in spreads])
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("longest by shortest time of a batch")
+            axes.set_title(f"needed: {pace:.0%} of what workers can make", fontsize=9)
+            tidy(axes)
+        panels[0].set_ylabel("throughput, of what is possible")
+        panels[0].legend(frameon=False)
+        figure.suptitle(f"A fixed order beside first come, first served, {rows[0].workers} workers")
 
 
 if __name__ == "__main__":

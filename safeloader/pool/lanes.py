@@ -50,9 +50,16 @@ class Lane:
         """Whether the ticket was ever given out."""
         return ticket < self._next and (ticket - self._next) % self._step == 0
 
-    def lose(self, ticket: int, again_at: float) -> None:
-        """The ticket must be made again; the second time it is named, only the time changes."""
-        self.slots.lost(ticket)
+    def lose(self, ticket: int, again_at: float, *, failed: bool = False) -> None:
+        """The ticket must be made again; the second time it is named, only the time changes.
+
+        Args:
+            ticket: whose worker has ended.
+            again_at: not before.
+            failed: it was the ticket's fault, perhaps.
+        """
+        if failed:
+            self.slots.failed(ticket)
         if ticket not in self._later and ticket in self._lost:
             self._lost.remove(ticket)
             heapq.heapify(self._lost)

@@ -10,11 +10,11 @@ Six books are kept by parts of their own: `crew` (who is in which state), `lanes
 (whose slot), `blame` (a failure's culprit), `strength` (how many workers, and when to give up), `patience` (how long
 without progress).
 
-Sizes. A lane has at most workers + 2 x num_cached slots, and where workers share one, a reserve for when a ticket that
-takes long holds up others: see `slots`. It is for batches that are not quick, as far as the first one told that it fits
-into memory, until the OOM killer strikes. The consumer leases no more than `Limits.max_leases` of the slots (beyond
-that it gets copies), so workers always have some. A lost ticket has a slot kept for it: otherwise the others' READY
-slots could wait for it for ever.
+Sizes. A lane has at most workers + 2 x num_cached slots, and where workers share one, a reserve from when on a ticket
+that takes long has held up others: see `slots`. It is for batches that are not quick, as far as the first one told that
+it fits into memory, until the OOM killer strikes. The consumer leases no more than `Limits.max_leases` of the slots
+(beyond that it gets copies), so workers always have some. A lost ticket has a slot kept for it: otherwise the others'
+READY slots could wait for it for ever.
 
 Restarts. A death is replaced at once; the same worker's next ones after a growing back-off, until it makes a batch.
 If not all may run, those with the fewest deaths do. A worker that was idle is not evidence against the pool, so it does
@@ -87,9 +87,10 @@ QUICK_S: Final = 0.1
 """Batches that take longer are given out one at a time. To wait for the trainer's interpreter lock (5 ms) costs little
 then, and a ticket behind a slow one in the same worker would hold up all that come after it: see
 `benchmarks/ordering.py`. And only they may use the reserve: to hold up quick ones for a moment costs nothing."""
-RESERVE: Final = 3
-"""Slots of the reserve per worker. nnU-Net's 3d_fullres batches take 0.1 to 1.6 s each (standard deviation: 0.86 of the
-mean). With 12 workers and 24 slots, a consumer that is faster would get 0.7 of what they can make; with 60, 0.95."""
+RESERVE: Final = 2
+"""Slots of the reserve per worker. nnU-Net's 3d_fullres batches take 0.1 to 2 s each (standard deviation: 0.75 of the
+mean). With 12 workers and 24 slots, a GPU that needs nine tenths of what they can make would get 0.87 of what it needs,
+one that is faster 0.77 of what they can make; with 48 in use, all and 0.99; a third per worker adds 0.005."""
 DEATHS_IN_A_ROW: Final = 6
 """Deaths of one worker at work, while others make batches, after which the pool goes on without it for a while."""
 KILL_S: Final = 5.0
@@ -146,7 +147,7 @@ class Limits:
 
     @property
     def reserve(self) -> int:
-        """How many slots more there may be while a ticket holds up others."""
+        """How many slots more there may be, from when on a ticket has held up others."""
         return 0 if self.own_lanes else RESERVE * self.workers
 
     @property
@@ -352,7 +353,7 @@ class Machine:
                 self._deliver(event)
                 return
             self._slots(event.slot).free(event.slot)
-            self._lane_of(event.ticket).lose(event.ticket, now + verdict.in_s)
+            self._lane_of(event.ticket).lose(event.ticket, now + verdict.in_s, failed=True)
             self._actions.append(Retry(event.worker, event.incarnation, event.ticket, verdict.in_s))
             self._carry_out(verdict, event.ticket, now)
 
@@ -400,7 +401,7 @@ class Machine:
         verdict = Verdict(Fate.AGAIN)
         if in_hand is not None and (cause is not Cause.MEMORY or (self.allowed == 1 and self._crew.running == 0)):
             verdict = self.blame.died(in_hand, event.case, now, cause, idle_s=idle_s)
-            self._lane_of(in_hand).lose(in_hand, now + verdict.in_s)
+            self._lane_of(in_hand).lose(in_hand, now + verdict.in_s, failed=True)
         worker.died(now, at_work=at_work, window_s=self.limits.window_s)
         worker.restart_at = now + self._backoff_s(len(worker.deaths))
         self._count_death(now, counts=event.counts and is_evidence, starting=starting)

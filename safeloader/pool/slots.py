@@ -7,10 +7,11 @@
 A slot has one owner at any time, and only a FREE or FILLING slot is written to.
 
 Tickets are taken in order, so one that takes long holds up those that are READY behind it. A ring that is full of them
-would leave workers idle until it comes, while the consumer waits. So while a ticket holds up others, and only then, new
-tickets may have slots of a reserve, where batches take long enough for that to matter. Not while one was lost and is
-made again: what fails is soon found out, and a ring full of failures would look like an outage of the storage. Once
-made, the slots stay, for the next time.
+leaves workers idle until it comes, while the consumer waits; and where the consumer is as fast as the workers, what it
+has lost then can't be made up for. So when a ticket holds up a full ring, new tickets may have slots of a reserve,
+where batches take long enough for that to matter. From then on they may have them always: only what was made ahead
+before a slow ticket comes can be taken while the one is made that comes after it. Not while one that has failed is made
+again: what fails is soon found out, and a ring full of failures would look like an outage of the storage.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Slots:
         ticket: the first that will be taken.
 
     Attributes:
-        reserve: how many more there may be now, while a ticket holds up others; 0 until somebody sets it.
+        reserve: how many more there may be now, from the first time on that a ticket has held up others; 0 until
+            somebody sets it.
     """
 
     def __init__(self, limit: int, first: int = 0, step: int = 1, *, reserve: int = 0, ticket: int = 0) -> None:
@@ -56,7 +58,8 @@ class Slots:
         self._limit = limit
         self._most = limit + reserve
         self._to_take = ticket
-        self._again: set[int] = set()  # tickets that were lost, until they are READY
+        self._wide = False  # whether the reserve was ever used
+        self._failed: set[int] = set()  # tickets that have, until they are READY
         self._slots: dict[int, Slot] = {}
         self._free: dict[int, None] = {}  # those of them that are FREE, the last one to become it last
         self._ready: dict[int, int] = {}  # those of them that are READY, by ticket
@@ -82,18 +85,19 @@ class Slots:
 
     @property
     def usual(self) -> int:
-        """How many a new ticket may have, if nothing is held up."""
+        """How many a new ticket may have without the reserve."""
         return max(0, self._limit - self._in_use)
 
     @property
     def room(self) -> int:
         """How many a new ticket may have now."""
-        return max(0, self._limit + (self.reserve if self._held_up else 0) - self._in_use)
+        opened = not self._failed and (self._wide or self._held_up)
+        return max(0, self._limit + (self.reserve if opened else 0) - self._in_use)
 
     @property
     def _held_up(self) -> bool:
-        """Whether batches are READY, and the one that must be taken before them takes long: no other reason."""
-        return bool(self._ready) and self._to_take not in self._ready and not self._again
+        """Whether batches are READY, but not the one that must be taken before them."""
+        return bool(self._ready) and self._to_take not in self._ready
 
     @property
     def _in_use(self) -> int:
@@ -113,14 +117,15 @@ class Slots:
         """FREE → FILLING."""
         self._free.pop(slot)
         self._slots[slot] = Slot(SlotState.FILLING, worker, ticket)
+        self._wide = self._wide or self._in_use > self._limit
 
-    def lost(self, ticket: int) -> None:
-        """The ticket must be made again."""
-        self._again.add(ticket)
+    def failed(self, ticket: int) -> None:
+        """The ticket must be made again, and may fail again."""
+        self._failed.add(ticket)
 
     def ready(self, slot: int, ticket: int) -> None:
         """FILLING → READY."""
-        self._again.discard(ticket)
+        self._failed.discard(ticket)
         self._slots[slot] = Slot(SlotState.READY, ticket=ticket)
         self._ready[ticket] = slot
 

@@ -39,6 +39,21 @@ def work_on(machine: Machine, batch_s: float = 2 * QUICK_S) -> None:
         machine.validate()
 
 
+def finish(machine: Machine) -> None:
+    """All that is in work, in order."""
+    while busy := [worker for worker in machine._workers if worker.assigned]:
+        first = min(busy, key=lambda worker: worker.assigned[0])
+        machine.handle(events.Finished(first.index, 0, *first.assigned[0]), machine._last + 2 * QUICK_S)
+        machine.validate()
+
+
+def take(machine: Machine) -> None:
+    """The next batch, and let it go."""
+    ticket, slot = min((slot.ticket, number) for number, slot in machine._lanes[0].slots if slot.ticket is not None)
+    machine.handle(events.Taken(ticket), machine._last)
+    machine.handle(events.Released(slot), machine._last)
+
+
 def in_use(machine: Machine) -> int:
     return sum(number for state, number in machine.slots().items() if state.name != "FREE")
 
@@ -53,17 +68,28 @@ def test_quick_batches_have_none() -> None:
     assert in_use(held_up(MOST, batch_s=QUICK_S / 2)) == USUAL
 
 
-def test_when_nothing_is_held_up_the_ring_is_as_large_as_ever() -> None:
+def test_what_was_held_up_once_keeps_the_reserve() -> None:
+    """The next ticket that takes long is met with more batches made ahead."""
     machine = held_up(MOST)
-    for ticket, slot in list(machine._workers[0].assigned):
-        machine.handle(events.Finished(0, 0, ticket, slot), 2.0)
+    finish(machine)
     assert in_use(machine) == USUAL + MOST
-    for taken in range(MOST):
-        assert not machine._workers[0].assigned and not machine._workers[1].assigned, "all that is used up first"
-        machine.handle(events.Taken(taken), 3.0)
-        machine.handle(events.Released(taken), 3.0)
-    assert in_use(machine) == USUAL
-    machine.validate()
+    for _ in range(50):
+        take(machine)
+        assert in_use(machine) == USUAL + MOST, "a new ticket has it"
+        finish(machine)
+
+
+def test_a_ring_that_nothing_holds_up_is_as_large_as_ever() -> None:
+    """The consumer is slower than the workers, and the next batch is always there."""
+    machine = Machine(limits(WORKERS, CACHED))
+    machine.handle(events.Tick(), 0.0)
+    for worker in range(WORKERS):
+        machine.handle(events.Ready(worker, 0), 0.0)
+    machine.handle(events.Budget(WORKERS, MOST), 0.0)
+    for _ in range(50):
+        finish(machine)
+        assert in_use(machine) == USUAL
+        take(machine)
 
 
 def test_a_release_that_comes_before_it_was_told_what_was_taken() -> None:
@@ -84,7 +110,7 @@ def test_the_one_that_holds_up_dies_and_its_ticket_has_a_slot() -> None:
     assert (again.worker, again.ticket) == (1, 0)
 
 
-def test_while_a_ticket_is_made_again_there_is_none() -> None:
+def test_while_a_ticket_that_failed_is_made_again_there_is_none() -> None:
     machine = held_up(0)
     unreadable = Failure("OSError at dataset.py:71", "brain_001", reading=True)
     (ticket, slot), *_ = machine._workers[0].assigned
@@ -92,6 +118,15 @@ def test_while_a_ticket_is_made_again_there_is_none() -> None:
     machine.handle(events.Budget(WORKERS, MOST), 2.0)
     work_on(machine)
     assert in_use(machine) == USUAL - 1, "its slot is kept for it"
+
+
+def test_a_kill_from_outside_says_nothing_about_the_ticket() -> None:
+    machine = held_up(MOST // 2)
+    machine.handle(events.Budget(WORKERS, MOST), 1.0)
+    machine.handle(events.Exited(0, 0, Cause.OUTSIDE, ticket=0), 2.0)
+    assert machine._workers[1].assigned, "the lost one"
+    work_on(machine)
+    assert in_use(machine) == USUAL + MOST
 
 
 def test_an_oom_kill_closes_the_reserve() -> None:
