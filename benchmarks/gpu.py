@@ -157,23 +157,25 @@ class Gpu(Benchmark[Row]):
         ]
 
     def tables(self, rows: Sequence[Row]) -> list[Table]:
-        """Copies, then the epochs of each configuration."""
-        configurations = dict.fromkeys(row.load for row in rows if row.part == _EPOCH)
-        return [_copies([row for row in rows if row.part == _H2D]), *(_epochs(rows, load) for load in configurations)]
+        """Copies, then the epochs of each configuration with so many workers."""
+        copies = [row for row in rows if row.part == _H2D]
+        return [*([_copies(copies)] if copies else []), *(_epochs(rows, *panel) for panel in _panels(rows))]
 
     def draw(self, rows: Sequence[Row], figure: Figure) -> None:
         """Rates of the copies; seconds per epoch, each round's median a dot."""
-        configurations = list(dict.fromkeys(row.load for row in rows if row.part == _EPOCH))
-        left, *right = figure.subplots(1, 1 + len(configurations))
+        panels = _panels(rows)
+        lines = -(-(1 + len(panels)) // 2)
+        figure.set_size_inches(9, 2.8 * lines)
+        first, *others = figure.subplots(lines, 2, squeeze=False).flat
         copies = [row for row in rows if row.part == _H2D]
         contestants = dict.fromkeys(row.contestant for row in copies)
         rates = {name: [row.gb_per_s or 0.0 for row in copies if row.contestant == name] for name in contestants}
-        bars(left, rates, "GB/s to the device (more is better)")
-        for axes, load in zip(right, configurations, strict=True):
-            bars(axes, _epoch_medians(rows, load), "s per epoch (less is better)")
-            axes.set_title(f"nnU-Net {load}", fontsize=9)
-            if axes is not right[0]:
-                axes.set_yticklabels([])
+        bars(first, rates, "GB/s to the device (more is better)")
+        for axes, (load, workers) in zip(others, panels, strict=False):
+            bars(axes, _epoch_medians(rows, load, workers), "s per epoch (less is better)")
+            axes.set_title(f"nnU-Net {load}, {workers} workers", fontsize=9)
+        for axes in others[len(panels) :]:
+            axes.remove()
         figure.suptitle(rows[0].device)
 
 
@@ -197,9 +199,22 @@ def _copies(rows: Sequence[Row]) -> Table:
     return Table(title, header, tuple(lines))
 
 
-def _epoch_medians(rows: Sequence[Row], load: str) -> dict[str, list[float]]:
+def _panels(rows: Sequence[Row]) -> list[tuple[str, int]]:
+    """Configurations and numbers of workers whose epochs are compared; without data loading there are no workers."""
+    return list(
+        dict.fromkeys((row.load, row.workers) for row in rows if row.part == _EPOCH and row.contestant != _BOUND)
+    )
+
+
+def _epochs_of(rows: Sequence[Row], load: str, workers: int) -> list[Row]:
+    every = [row for row in rows if (row.part, row.load) == (_EPOCH, load)]
+    chosen = [row for row in every if row.contestant == _BOUND or row.workers == workers]
+    return sorted(chosen, key=lambda row: tuple(epochs.TRAINERS).index(row.contestant))
+
+
+def _epoch_medians(rows: Sequence[Row], load: str, workers: int) -> dict[str, list[float]]:
     """By contestant, each round's median epoch, without the first."""
-    chosen = [row for row in rows if (row.part, row.load) == (_EPOCH, load)]
+    chosen = _epochs_of(rows, load, workers)
     return {
         contestant: [
             median([row for row in chosen if row.epoch is not None and row.epoch >= _UNLIKE], "epoch_s",
@@ -210,8 +225,8 @@ def _epoch_medians(rows: Sequence[Row], load: str) -> dict[str, list[float]]:
     }  # fmt: skip
 
 
-def _epochs(rows: Sequence[Row], load: str) -> Table:
-    chosen = [row for row in rows if (row.part, row.load) == (_EPOCH, load)]
+def _epochs(rows: Sequence[Row], load: str, workers: int) -> Table:
+    chosen = _epochs_of(rows, load, workers)
     later = [row for row in chosen if row.epoch is not None and row.epoch >= _UNLIKE]
     bound = median(later, "epoch_s", contestant=_BOUND)
     lines = []
@@ -225,7 +240,7 @@ def _epochs(rows: Sequence[Row], load: str) -> Table:
         number = sum(row.contestant == contestant for row in later)
         lines.append((contestant, str(number), f"{seconds:.2f}", f"{fastest:.2f}", of_stock, of_bound))
     title = (
-        f"nnU-Net {load} on {chosen[0].device}, {chosen[0].workers} training workers: seconds per epoch. Median: "
+        f"nnU-Net {load} on {chosen[0].device}, {workers} training workers: seconds per epoch. Median: "
         "without each training's first; fastest: what nnU-Net's own benchmark reports. Benchmark: its "
         "nnUNetTrainerBenchmark_5epochs, and no data loading: that one's _noDataLoading"
     )

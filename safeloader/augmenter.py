@@ -43,7 +43,7 @@ class SafeAugmenter(PoolRunner, NonDetMultiThreadedAugmenter):  # type: ignore[m
         transform: called as `transform(**batch)` in the worker, or None.
         num_processes: workers, at least 1.
         num_cached: batches kept ready beyond those in work, at least 1. The ring has
-            num_processes + 2 x num_cached slots, and up to 3 x num_processes more while one slow batch holds up others.
+            num_processes + 2 x num_cached slots, and up to 2 x num_processes more once a slow batch has held up others.
         seeds: None, or one seed per worker; the root seed is derived from them.
         pin_memory: tensors arrive in pinned memory, where there is CUDA; see the option `pin`.
         wait_time: accepted for compatibility; nothing here polls.

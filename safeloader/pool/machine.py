@@ -89,8 +89,8 @@ then, and a ticket behind a slow one in the same worker would hold up all that c
 `benchmarks/ordering.py`. And only they may use the reserve: to hold up quick ones for a moment costs nothing."""
 RESERVE: Final = 2
 """Slots of the reserve per worker. nnU-Net's 3d_fullres batches take 0.1 to 2 s each (standard deviation: 0.75 of the
-mean). With 12 workers and 24 slots, a GPU that needs nine tenths of what they can make would get 0.87 of what it needs,
-one that is faster 0.77 of what they can make; with 48 in use, all and 0.99; a third per worker adds 0.005."""
+mean). In a simulation with 12 workers and 24 slots, a GPU that needs nine tenths of what they can make gets 0.87 of
+that, and one that is faster 0.86 of what they can make. With one more slot per worker both get 0.996, with two all."""
 DEATHS_IN_A_ROW: Final = 6
 """Deaths of one worker at work, while others make batches, after which the pool goes on without it for a while."""
 KILL_S: Final = 5.0

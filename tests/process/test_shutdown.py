@@ -7,6 +7,7 @@ import gc
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -235,8 +236,11 @@ def _interrupted_in_a_terminal(folder: Path, source: str, when: Callable[[bytes]
     if pid == 0:
         os.execve(sys.executable, [sys.executable, str(script)], scripts.environment(mark, folder))
     screen, pressed = b"", False
+    deadline = time.monotonic() + 60.0
     try:
         while True:
+            if not select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                pytest.fail(f"the script has not ended; on its screen: {screen.decode()}")
             try:
                 said = os.read(terminal, 4096)
             except OSError:  # nobody holds the terminal any more
