@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -164,6 +166,26 @@ def test_leases_may_end_in_any_thread() -> None:
                 thread.join()
         next(augmenter)
         wait_until(lambda: augmenter.report().slots == {"free": 0, "filling": 0, "ready": SLOTS, "leased": 0})
+
+
+def test_a_batch_that_ends_in_a_forked_child_is_nobodys_lease(tmp_path: Path) -> None:
+    """The child may have closed the trainer's descriptors, and have files of its own in their place."""
+    with _augmenter() as augmenter:
+        batch = next(augmenter)
+        pid = os.fork()
+        if pid == 0:
+            written = -1
+            try:
+                os.closerange(3, 1024)
+                files = [open(tmp_path / str(number), "wb", buffering=0) for number in range(256)]  # noqa: SIM115
+                del batch, augmenter
+                gc.collect()
+                written = sum((tmp_path / file.name).stat().st_size for file in files)
+            finally:
+                os._exit(written != 0)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        assert batch["data"].shape == SHAPE
+        next(augmenter)
 
 
 def test_a_batch_in_a_reference_cycle_is_let_go_with_it() -> None:
