@@ -206,7 +206,7 @@ class Ordering(Benchmark[Row]):
                 axes.plot([row.spread for row in own], [row.of_possible for row in own], "o", color=colour(name), ms=3)
             axes.set_xscale("log")
             axes.set_xticks(spreads, [f"{spread} ×" for spread in spreads])
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1)
             axes.set_xlabel("longest by shortest time of a batch")
             axes.set_title(f"needed: {pace:.0%} of what workers can make", fontsize=9)
             tidy(axes)

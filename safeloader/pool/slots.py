@@ -7,11 +7,11 @@
 A slot has one owner at any time, and only a FREE or FILLING slot is written to.
 
 Tickets are taken in order, so one that takes long holds up those that are READY behind it. A ring that is full of them
-leaves workers idle until it comes, while the consumer waits; and where the consumer is as fast as the workers, what it
-has lost then can't be made up for. So when a ticket holds up a full ring, new tickets may have slots of a reserve,
-where batches take long enough for that to matter. From then on they may have them always: only what was made ahead
-before a slow ticket comes can be taken while the one is made that comes after it. Not while one that has failed is made
-again: what fails is soon found out, and a ring full of failures would look like an outage of the storage.
+leaves workers idle until it comes, while the consumer waits; and what a consumer that is as fast as the workers has
+lost then can't be made up for. So when a ticket holds up a full ring, new tickets may have slots of a reserve, where
+batches take long enough for that to matter. From then on they may have them always: while the next slow one is made,
+the consumer lives on what was made ahead before. Not while a ticket that has failed is made again: what fails is soon
+found out, and a ring full of failures would look like an outage of the storage.
 """
 
 from __future__ import annotations

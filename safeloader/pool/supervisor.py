@@ -156,8 +156,8 @@ class Supervisor:
             pool.tick()
         self._nurseries.pump()
         for pool in list(self._pools.values()):
-            pool.consumer.announce()
             self._listen(pool.consumer.freed, wanted=pool.consumer.wants_slots)
+            pool.consumer.announce()
             if pool.machine.stopped and not pool.lives:
                 self._dismiss(pool)
 
