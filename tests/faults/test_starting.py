@@ -261,8 +261,8 @@ for more in range(1, 40):
         break
     assert time.monotonic() - started < 10, (more, time.monotonic() - started)
     augmenter = None
-    # A thread that looks how much memory a worker takes has files open, and the pool in its hands.
-    wait_until(lambda: "safeloader-measure" not in [thread.name for thread in threading.enumerate()])
+    # The supervisor's thread has descriptors until it ends; one that looks how much memory a worker takes, the pool.
+    wait_until(lambda: not any(thread.name.startswith("safeloader-") for thread in threading.enumerate()))
     gc.collect()
     left = len(os.listdir("/proc/self/fd"))
     print(more, left)
