@@ -41,21 +41,19 @@ def workspace(size: str) -> Workspace:
         subprocess.run(command, env=found.environment(), check=True, stdout=subprocess.DEVNULL)
         if size == "tiny":
             found.add_small_configuration(patch=(24, 32, 24), features=(4, 8, 16))
+        else:
+            _add_resenc_l(found)
         done.touch()
-    if size == "full":
-        _add_resenc_l(found)
     return found
 
 
 def _add_resenc_l(found: Workspace) -> None:
     """It trains on what was preprocessed for 3d_fullres."""
-    plans = json.loads(found.plans_file.read_text())
-    if RESENC_L in plans["configurations"]:
-        return
     planner, its_plans = "nnUNetPlannerResEncL", "nnUNetResEncUNetLPlans"
     command = [nnunet_executable("nnUNetv2_plan_experiment"), "-d", str(DATASET_ID), "-pl", planner]
     subprocess.run(command, env=found.environment(), check=True, stdout=subprocess.DEVNULL)
     made = json.loads(found.plans_file.with_name(f"{its_plans}.json").read_text())
+    plans = json.loads(found.plans_file.read_text())
     plans["configurations"][RESENC_L] = made["configurations"]["3d_fullres"]
     found.plans_file.write_text(json.dumps(plans, indent=4))
 

@@ -163,19 +163,19 @@ class Gpu(Benchmark[Row]):
 
     def draw(self, rows: Sequence[Row], figure: Figure) -> None:
         """Rates of the copies; seconds per epoch, each round's median a dot."""
-        panels = _panels(rows)
-        lines = -(-(1 + len(panels)) // 2)
-        figure.set_size_inches(9, 2.8 * lines)
-        first, *others = figure.subplots(lines, 2, squeeze=False).flat
         copies = [row for row in rows if row.part == _H2D]
         contestants = dict.fromkeys(row.contestant for row in copies)
         rates = {name: [row.gb_per_s or 0.0 for row in copies if row.contestant == name] for name in contestants}
-        bars(first, rates, "GB/s to the device (more is better)")
-        for axes, (load, workers) in zip(others, panels, strict=False):
-            bars(axes, _epoch_medians(rows, load, workers), "s per epoch (less is better)")
-            axes.set_title(f"nnU-Net {load}, {workers} workers", fontsize=9)
-        for axes in others[len(panels) :]:
-            axes.remove()
+        panels = [("", "GB/s to the device (more is better)", rates)] if copies else []
+        for load, workers in _panels(rows):
+            title = f"nnU-Net {load}, {workers} workers"
+            panels.append((title, "s per epoch (less is better)", _epoch_medians(rows, load, workers)))
+        lines = -(-len(panels) // 2)
+        figure.set_size_inches(9, 2.8 * lines)
+        for at, (title, label, values) in enumerate(panels, start=1):
+            axes = figure.add_subplot(lines, 2, at)
+            bars(axes, values, label)
+            axes.set_title(title, fontsize=9)
         figure.suptitle(rows[0].device)
 
 

@@ -93,6 +93,17 @@ def seeding_us() -> dict[str, float]:
     }
 
 
+def _train(running: Any, batches: int, train_s: float) -> list[float]:
+    """How long each batch was waited for, in seconds, where training on one takes so long."""
+    waits = []
+    for _ in range(batches):
+        begun = time.monotonic()
+        next(running)
+        waits.append(time.monotonic() - begun)
+        time.sleep(train_s)
+    return waits
+
+
 def _spreads(rows: Sequence[Row]) -> list[int]:
     return sorted({row.spread for row in rows})
 
@@ -133,15 +144,9 @@ class Ordering(Benchmark[Row]):
         batches, workers = case["batches"], case["workers"]
         train_s = MEAN_S / workers / case["pace"]
         running = PEERS[case["contestant"]](Uneven(case["spread"]), workers, _CACHED)
-        waits = []
-        for taken in range(case["warm_up"] + batches):
-            if taken == case["warm_up"]:
-                started = time.monotonic()
-            begun = time.monotonic()
-            next(running)
-            ready = time.monotonic()
-            waits.append(ready - begun)
-            time.sleep(max(0.0, ready + train_s - time.monotonic()))
+        _train(running, case["warm_up"], train_s)
+        started = time.monotonic()
+        waits = _train(running, batches, train_s)
         per_s = batches / (time.monotonic() - started)
         running.close()
         return [
@@ -154,7 +159,7 @@ class Ordering(Benchmark[Row]):
                 batches=batches,
                 batches_per_s=round(per_s, 1),
                 of_possible=round(per_s * MEAN_S / workers / min(1.0, case["pace"]), 4),
-                longest_wait_s=round(max(waits[case["warm_up"] :]), 3),
+                longest_wait_s=round(max(waits), 3),
             )
         ]
 

@@ -149,7 +149,7 @@ class Consumer:
     def leave_in_child(self) -> None:
         """In a child forked from the trainer: what ends there is no lease, and sets no descriptor."""
         self._leases.clear()
-        self._ready.clear()
+        self.drop()
 
     def slots_closed(self) -> None:
         """The pool has closed its slots; views on them live on."""

@@ -58,7 +58,6 @@ class Slots:
         self._limit = limit
         self._most = limit + reserve
         self._to_take = ticket
-        self._wide = False  # whether the reserve was ever used
         self._failed: set[int] = set()  # tickets that have, until they are READY
         self._slots: dict[int, Slot] = {}
         self._free: dict[int, None] = {}  # those of them that are FREE, the last one to become it last
@@ -91,7 +90,8 @@ class Slots:
     @property
     def room(self) -> int:
         """How many a new ticket may have now."""
-        opened = not self._failed and (self._wide or self._held_up)
+        used_before = len(self._slots) > self._limit  # free slots are taken before another is made
+        opened = not self._failed and (used_before or self._held_up)
         return max(0, self._limit + (self.reserve if opened else 0) - self._in_use)
 
     @property
@@ -117,7 +117,6 @@ class Slots:
         """FREE → FILLING."""
         self._free.pop(slot)
         self._slots[slot] = Slot(SlotState.FILLING, worker, ticket)
-        self._wide = self._wide or self._in_use > self._limit
 
     def failed(self, ticket: int) -> None:
         """The ticket must be made again, and may fail again."""

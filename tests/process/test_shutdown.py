@@ -23,6 +23,7 @@ from safeloader import SafeAugmenter
 from safeloader.pool.supervisor import Supervisor
 from safeloader.testing import wait_until
 from tests import scripts
+from tests.interrupts import InterruptError, interrupts
 from tests.loaders import RandomLoader, fingerprint
 
 GONE_WITHIN_S = 2.0
@@ -300,37 +301,20 @@ signal.pause()
 def test_an_interrupted_next_can_be_called_again() -> None:
     """As in a notebook: interrupts at random moments lose no later batch and hang nothing."""
 
-    class InterruptError(Exception):
-        pass
-
-    waiting, raised = False, 0
-
-    def interrupt(*_: object) -> None:
-        nonlocal waiting, raised
-        if waiting:
-            waiting = False
-            raised += 1
-            raise InterruptError
-
     with SafeAugmenter(RandomLoader((1, 1)), None, 1, 2, seed=7) as augmenter:
         next(augmenter)
-        previous = signal.signal(signal.SIGALRM, interrupt)
-        got, interrupts = [], 0
-        signal.setitimer(signal.ITIMER_REAL, 0.0003, 0.0003)
-        try:
-            while interrupts < 100:
+        got, caught = [], 0
+        with interrupts(0.0003) as signals:
+            while caught < 100:
                 try:
-                    waiting = True
+                    signals.armed = True
                     batch = next(augmenter)
-                    waiting = False
+                    signals.armed = False
                     got.append(fingerprint(batch))
                 except InterruptError:
-                    interrupts += 1
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, previous)
+                    caught += 1
         end = augmenter.report().next_ticket
-        assert interrupts == raised, "each has come through"
+        assert caught == signals.raised, "each has come through"
         got.append(fingerprint(next(augmenter)))
         del batch
         wait_until(lambda: augmenter.report().slots["leased"] <= 1, what="the release of all slots but one")
