@@ -24,16 +24,16 @@ def fake(folder: Path, name: str, text: str) -> None:
 
 
 def doctor(
-    *before: str, modules: Path | None = None, **environ: str
+    *before: str, modules: Path | None = None, deep: bool = False, **environ: str
 ) -> tuple[int, dict[str, dict[str, Any]], dict[str, Any]]:
     """Its exit code, findings by check, and all that it printed as JSON; `before` is what starts it."""
     path = os.pathsep.join(str(folder) for folder in (modules, PACKAGE) if folder is not None)
     done = subprocess.run(
-        [*before, sys.executable, "-m", "safeloader", "doctor", "--json"],
+        [*before, sys.executable, "-m", "safeloader", "doctor", "--json", *(["--deep"] if deep else [])],
         env={**os.environ, "PYTHONPATH": path, **environ},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert "Traceback" not in done.stderr
@@ -74,9 +74,10 @@ def test_torch_that_crashes_the_process(tmp_path: Path) -> None:
 
 def test_torch_that_hangs(tmp_path: Path) -> None:
     fake(tmp_path, "torch", "import signal; signal.pause()")
-    code, checks, _ = doctor(modules=tmp_path)
-    assert code == 1
-    assert checks["torch"]["evidence"] == "can't be imported: it took more than 8 s"
+    _, checks, _ = doctor(modules=tmp_path)
+    for library in ("torch", "blosc2"):  # on slow storage it takes as long, and the training runs
+        assert checks[library]["verdict"] == "unknown"
+        assert checks[library]["evidence"].startswith(f"whether {library} can be imported: it took more than 8 s; ")
 
 
 def test_nnunet_that_can_not_be_imported(broken: Path) -> None:
@@ -126,13 +127,14 @@ def test_a_good_installation(tmp_path: Path) -> None:
         nnUNet_preprocessed=str(tmp_path / "nnUNet_preprocessed"),
         nnUNet_results=str(tmp_path / "nnUNet_results"),
         nnUNet_extTrainer=str(SHIM_FOLDER),
+        deep=True,  # on a busy machine the imports take longer than the 8 s that it has without
     )
     assert code == (1 if printed["breaks"] else 0)
     assert checks["folders"]["evidence"].startswith("they are there; ")
     assert checks["torch"]["verdict"] in ("ok", "note")
     assert checks["dependencies"]["verdict"] == "ok"
-    # Importing nnU-Net takes longer than the 8 s on a busy machine; then the shim is what is known.
-    assert checks["trainer"]["verdict"] in ("ok", "unknown")
+    assert checks["trainer"]["verdict"] == "ok"
+    assert checks["torch.compile"]["verdict"] in ("ok", "warning")  # without a compiler, the latter
     assert not list(tmp_path.rglob("*.*"))  # what was tried in the folders is gone
 
 

@@ -33,6 +33,7 @@ STEPS: dict[str, Any] = {
 }
 GOOD = Facts(
     trainer="nnUNetTrainerSafeLoader",
+    deep=False,
     environ={},
     cpus=CpuBudget(64, "the machine has 64 CPUs"),
     memory=MemoryBudget(200 * GIB, "the machine has 200.0 GiB of 256.0 GiB available (/proc/meminfo)"),
@@ -82,7 +83,9 @@ def test_a_check_says_what_it_asks(check: Any) -> None:
     assert 0 < len(check.title) <= 14
 
 
-TIMED_OUT = Probed({"torch": TORCH}, "it took more than 8 s")
+SLOW_DISK = "it took more than 8 s; the machine is busy, or its storage is slow"
+TIMED_OUT = Probed({"torch": TORCH}, "it took more than 8 s", late=True)
+NOTHING_IN_TIME = Probed({}, "it took more than 8 s", late=True)
 CASES: list[tuple[str, dict[str, Any], str, Verdict, str, str]] = [
     (
         "fewer CPUs than workers",
@@ -224,7 +227,7 @@ CASES: list[tuple[str, dict[str, Any], str, Verdict, str, str]] = [
         {"complaints": None},
         "dependencies",
         Verdict.UNKNOWN,
-        "pip can't be asked here",
+        "pip gave no answer",
         "python -m pip check",
     ),
     (
@@ -362,8 +365,27 @@ CASES: list[tuple[str, dict[str, Any], str, Verdict, str, str]] = [
         {"probed": TIMED_OUT},
         "trainer",
         Verdict.UNKNOWN,
-        "nnU-Net could not be asked for nnUNetTrainerSafeLoader: it took more than 8 s",
+        f"whether nnU-Net finds nnUNetTrainerSafeLoader: {SLOW_DISK}",
         "safeloader doctor --deep has more time",
+    ),
+    *(
+        (
+            f"a very slow disk, {library}",
+            {"probed": NOTHING_IN_TIME},
+            library,
+            Verdict.UNKNOWN,
+            f"whether {library} can be imported: {SLOW_DISK}",
+            "safeloader doctor --deep has more time",
+        )
+        for library in ("torch", "blosc2")
+    ),
+    (
+        "a disk that is too slow for --deep",
+        {"probed": NOTHING_IN_TIME, "deep": True},
+        "torch",
+        Verdict.UNKNOWN,
+        f"whether torch can be imported: {SLOW_DISK}",
+        "time python -c 'import torch'",
     ),
     (
         "a slow disk and no shim",
@@ -394,6 +416,9 @@ def test_a_machine(changes: dict[str, Any], title: str, verdict: Verdict, eviden
 def test_the_answer_counts() -> None:
     facts = replace(GOOD, folders={}, headers=False, limits=replace(GOOD.limits, files=64))
     assert in_words(look(facts)).splitlines()[-1] == "1 thing will break a training; 2 things may."
+    slow = in_words(look(replace(GOOD, probed=NOTHING_IN_TIME)))
+    assert slow.endswith("\nNothing that was looked at will break a training; 3 could not be found out.")
+    assert "torch.compile" not in slow  # whether it will be used depends on the GPU
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,10 @@ def in_words(findings: Sequence[tuple[str, Finding]]) -> str:
 def _answer(verdicts: Sequence[Verdict]) -> str:
     broken, doubtful = verdicts.count(Verdict.BREAKS), verdicts.count(Verdict.WARNING)
     may = f"; {doubtful} {'thing' if doubtful == 1 else 'things'} may" if doubtful else ""
+    hidden = f"; {dark} could not be found out" if (dark := verdicts.count(Verdict.UNKNOWN)) else ""
     if broken:
-        return f"{broken} {'thing' if broken == 1 else 'things'} will break a training{may}."
-    return f"Nothing that was looked at will break a training{may}."
+        return f"{broken} {'thing' if broken == 1 else 'things'} will break a training{may}{hidden}."
+    return f"Nothing that was looked at will break a training{may}{hidden}."
 
 
 def _as_json(facts: Facts, findings: Sequence[tuple[str, Finding]]) -> dict[str, Any]:

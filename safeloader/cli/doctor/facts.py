@@ -95,6 +95,7 @@ class Facts:
 
     Attributes:
         trainer: The trainer class that nnU-Net is asked for.
+        deep: Whether there was time for slow imports, and to compile a small function.
         environ: The environment variables.
         cpus: Those that this process may use.
         memory: What it may still take.
@@ -103,7 +104,7 @@ class Facts:
         container: What kind of container this is in, or "".
         limits: Of descriptors, processes and memory.
         versions: Installed packages that matter, by name.
-        complaints: What `pip check` says about them; None if pip is not there.
+        complaints: What `pip check` says about them; None if it said nothing, or not in time.
         folders: nnU-Net's folders whose variables are set, by variable.
         compiler: The path of the C compiler that torch.compile would call, or "".
         headers: Whether Python.h is there.
@@ -114,6 +115,7 @@ class Facts:
     """
 
     trainer: str
+    deep: bool
     environ: Mapping[str, str]
     cpus: CpuBudget
     memory: MemoryBudget | None
@@ -148,6 +150,7 @@ class Facts:
         compilers = [environ["CC"]] if environ.get("CC") else ["gcc", "cc", "clang"]
         return cls(
             trainer=trainer,
+            deep=deep,
             environ=environ,
             cpus=available_cpus(system),
             memory=available(system),

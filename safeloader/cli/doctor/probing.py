@@ -20,10 +20,12 @@ class Probed:
     Attributes:
         steps: What a step that ended said, by its name; with "error" if it failed.
         ended: Why the process did not come to its end, as the end of a sentence; "" if it did.
+        late: Whether that was for want of time: then nothing is known of the steps that are missing.
     """
 
     steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     ended: str = ""
+    late: bool = False
 
     def step(self, name: str) -> Mapping[str, Any]:
         """What a step said; of one that did not come to its end, how the process ended."""
@@ -32,7 +34,7 @@ class Probed:
 
 def probe(trainer: str, *, deep: bool, timeout_s: float) -> Probed:
     """Let another process import torch, blosc2 and nnU-Net, and find the trainer."""
-    ended = ""
+    ended, late = "", False
     try:
         done = subprocess.run(
             apart.command("safeloader.nnunet.probe", trainer, *(["--deep"] if deep else [])),
@@ -47,10 +49,10 @@ def probe(trainer: str, *, deep: bool, timeout_s: float) -> Probed:
         if done.returncode:
             ended = f"the process that tried it {_how(done.returncode)}"
     except subprocess.TimeoutExpired as error:
-        printed, ended = error.stdout or b"", f"it took more than {timeout_s:.0f} s"
+        printed, ended, late = error.stdout or b"", f"it took more than {timeout_s:.0f} s", True
     # A line without its end was being written when the process ended.
     steps = [json.loads(line) for line in printed.decode().split("\n")[:-1]]
-    return Probed({step.pop("step"): step for step in steps}, ended)
+    return Probed({step.pop("step"): step for step in steps}, ended, late)
 
 
 def _how(status: int) -> str:

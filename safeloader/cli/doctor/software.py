@@ -39,6 +39,8 @@ class Torch(Check):
     def look(self, facts: Facts) -> Finding | None:
         """nnU-Net trains on the first GPU that torch finds."""
         found = facts.probed.step("torch")
+        if _unreached(facts, "torch"):
+            return _no_time("torch can be imported", "torch", facts)
         if "error" in found:
             return breaks(f"can't be imported: {found['error']}", "pip install --force-reinstall torch")
         built = f"{found['version']}, built for {'CUDA ' + found['cuda'] if found['cuda'] else 'the CPU alone'}"
@@ -54,6 +56,16 @@ class Torch(Check):
             f"{built}; there is no GPU: a training on the CPU takes weeks",
             "docker run --gpus all …, or srun --gpus=1 …",
         )
+
+
+def _unreached(facts: Facts, step: str) -> bool:
+    """Whether nothing is known of a step for want of time: no fault, where storage is slow or the machine is busy."""
+    return facts.probed.late and step not in facts.probed.steps
+
+
+def _no_time(what: str, module: str, facts: Facts) -> Finding:
+    more = f"time python -c 'import {module}'" if facts.deep else "safeloader doctor --deep has more time"
+    return unknown(f"whether {what}: {facts.probed.ended}; the machine is busy, or its storage is slow", more)
 
 
 def _fit(found: Mapping[str, Any], built: str, driver: str) -> Finding:
@@ -104,6 +116,8 @@ class Compile(Check):
         off = "export nnUNet_compile=false"
         if "compile" in facts.probed.steps:
             return _tried(facts.probed.step("compile"), off)
+        if "error" in facts.probed.step("torch"):
+            return None  # for which GPU isn't known
         if not wanted or not gpus:
             why = "is switched off (nnUNet_compile)" if not wanted else "is not used by nnU-Net without a GPU"
             return ok(f"{why}")
@@ -202,7 +216,7 @@ class Fit(Check):
     def look(self, facts: Facts) -> Finding | None:
         """Of what `pip check` complains about, what a training uses."""
         if facts.complaints is None:
-            return unknown("pip can't be asked here", "python -m pip check")
+            return unknown("pip gave no answer", "python -m pip check")
         about = [line for line in facts.complaints if any(name in line.split() for name in PACKAGES)]
         if about:
             more = f" (and {len(about) - 1} more)" if len(about) > 1 else ""
@@ -218,6 +232,8 @@ class Blosc2(Check):
     def look(self, facts: Facts) -> Finding | None:
         """It compiles against numpy 2, and fails with numpy 1 (nnUNet#2913)."""
         found = facts.probed.step("blosc2")
+        if _unreached(facts, "blosc2"):
+            return _no_time("blosc2 can be imported", "blosc2", facts)
         if "error" in found:
             return breaks(f"can't be imported: {found['error']}", "pip install -U blosc2 numpy")
         return ok(f"{found['version']} can be imported")
@@ -235,11 +251,10 @@ class Trainer(Check):
             return ok(f"nnU-Net finds {found['found']}")
         if "Could not find requested nnunet trainer" in found["error"]:
             return breaks(f"nnU-Net does not find {facts.trainer}", "safeloader install")
-        if found["error"].startswith("it took more than"):
+        if _unreached(facts, "trainer"):
             if "SafeLoader" in facts.trainer and not facts.shim:
                 return breaks(f"nothing leads nnU-Net to {facts.trainer}", "safeloader install")
-            more = "safeloader doctor --deep has more time"
-            return unknown(f"nnU-Net could not be asked for {facts.trainer}: {found['error']}", more)
+            return _no_time(f"nnU-Net finds {facts.trainer}", "nnunetv2", facts)
         return breaks(f"nnU-Net can't be imported: {found['error']}", "pip install --force-reinstall nnunetv2")
 
 
