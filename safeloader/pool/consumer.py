@@ -177,8 +177,9 @@ class Consumer:
             yield events.Taken(self._taken.popitem()[1])
 
     def _ring(self) -> None:
-        with contextlib.suppress(RuntimeError):  # it rings already
-            self._bell.release()
+        if self._bell.locked():  # or it rings already
+            with contextlib.suppress(RuntimeError):  # another thread was quicker
+                self._bell.release()
 
     # ---- the training thread ----
 
@@ -215,7 +216,9 @@ class Consumer:
 
     def _memory_for(self, ready: _ReadyBatch) -> memoryview:
         """What to decode the batch from. A slot that only a copy to the GPU still holds comes back by itself."""
-        taken = sum(held.in_use for held in list(self._leases.values())) - len(self._ready)
+        taken = len(self._leases) - len(self._ready)  # at most: some have ended that `news` has not told of yet
+        if taken >= self._max_leases:
+            taken = sum(held.in_use for held in list(self._leases.values())) - len(self._ready)
         if taken >= self._max_leases:
             return codec.private_copy(ready.memory)
         if self._pinning is None or ready.failed:

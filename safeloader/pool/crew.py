@@ -55,7 +55,7 @@ class Worker:
     @property
     def watched(self) -> bool:
         """Whether progress is expected of it."""
-        return self.condemned_at is None and (self.state is WorkerState.STARTING or bool(self.assigned) or self.asked)
+        return self.condemned_at is None and (bool(self.assigned) or self.state is WorkerState.STARTING or self.asked)
 
     @property
     def idle(self) -> bool:

@@ -247,15 +247,22 @@ class Machine:
 
     def next_wake(self) -> float | None:
         """When a `Tick` will change something, on the caller's clock."""
-        wakes = [w.condemned_at + KILL_S for w in self._workers if w.condemned_at is not None]
-        if self.state is PoolState.RUNNING:
-            wakes += [wake for lane in self._lanes for wake in lane.wakes]
-            wakes += self._ends_of_patience()
-            wakes += [self._rest_at(w) for w in self._workers if w.idle] if self._may_rest else []
-            if self._strength.grow_at < math.inf:
-                wakes.append(self._strength.grow_at)
-            wakes += [w.restart_at for w in self._crew.up_next(self.allowed)]
-        return min(wakes, default=None)
+        if self.state is not PoolState.RUNNING:
+            return min((w.condemned_at + KILL_S for w in self._workers if w.condemned_at is not None), default=None)
+        wakes = [self._strength.grow_at]
+        usual_s, first_s = self._patience.allowed_s(first=False), self._patience.allowed_s(first=True)
+        for worker in self._workers:
+            if worker.condemned_at is not None:
+                wakes.append(worker.condemned_at + KILL_S)
+            elif worker.watched:
+                wakes.append(min(worker.since + (first_s if worker.fresh else usual_s), self._last + HEARTBEAT_S))
+            elif self._may_rest and worker.idle:
+                wakes.append(self._rest_at(worker))
+        for lane in self._lanes:
+            wakes += lane.wakes
+        wakes += [worker.restart_at for worker in self._crew.up_next(self.allowed)]
+        wake = min(wakes)
+        return wake if wake < math.inf else None
 
     # ---- the one entrance ----
 
@@ -494,12 +501,6 @@ class Machine:
 
     def _deadline(self, worker: Worker) -> float:
         return worker.since + self._patience.allowed_s(first=worker.fresh)
-
-    def _ends_of_patience(self) -> list[float]:
-        """When to look at the workers that are watched."""
-        watched = [w for w in self._workers if w.watched]
-        allowed_s = {first: self._patience.allowed_s(first=first) for first in (False, True)}
-        return [w.since + allowed_s[w.fresh] for w in watched] + ([self._last + HEARTBEAT_S] if watched else [])
 
     def _discount_sleep(self, now: float) -> None:
         fell, self._last = self._last, now

@@ -65,6 +65,7 @@ class Supervisor:
         self._ending = False
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.mailbox.wakeup.fd, selectors.EVENT_READ, self.mailbox.wakeup.clear)
+        self._listened: set[Wakeup] = set()  # consumers' `freed`
         self._window: Window | None = None
         with contextlib.suppress(OSError):  # nobody can look, and that is all
             self._window = Window(lambda: view(self._pools.values()))
@@ -173,11 +174,13 @@ class Supervisor:
 
     def _listen(self, freed: Wakeup, *, wanted: bool) -> None:
         """What has ended meanwhile keeps the descriptor readable."""
-        if wanted == (freed.fd in self._selector.get_map()):
+        if wanted == (freed in self._listened):
             return
         if wanted:
+            self._listened.add(freed)
             self._selector.register(freed.fd, selectors.EVENT_READ, freed.clear)
         else:
+            self._listened.remove(freed)
             self._selector.unregister(freed.fd)
 
     def _dismiss(self, pool: Pool) -> None:

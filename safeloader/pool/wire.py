@@ -32,6 +32,7 @@ _FDS_NBYTES: Final = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 """Room for the descriptors of one packet; none has more than four."""
 
 _WAITING: Final = int(socket.MSG_CMSG_CLOEXEC)
+_CUT_SHORT: Final = int(socket.MSG_CTRUNC)
 _NOT_WAITING: Final = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
 
 
@@ -309,7 +310,7 @@ class Channel:
                 fds.frombytes(content)
         message = pickle.loads(packet)
         assert isinstance(message, Message)
-        if outcome & socket.MSG_CTRUNC:  # the kernel leaves out descriptors that this process may not have
+        if outcome & _CUT_SHORT:  # the kernel leaves out descriptors that this process may not have
             for fd in fds:
                 os.close(fd)
             lost = f"a descriptor that came with {type(message).__name__} could not be received"

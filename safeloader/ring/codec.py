@@ -31,7 +31,7 @@ from safeloader import killpoints
 from safeloader.ring.memfile import MemoryFile
 
 _HEADER: Final = struct.Struct("=QqQQQQ")  # magic, ticket, n_buffers, table offset, stream offset, stream nbytes
-_ENTRY: Final = struct.Struct("=QQ")  # offset, nbytes
+_ENTRY: Final = struct.Struct("=QQ")  # offset, nbytes: two unsigned integers of 64 bits, memoryview's "Q"
 _MAGIC: Final = 0x31_30_52_44_4C_46_53_53
 ALIGN_NBYTES: Final = 64
 """Cache line, and the alignment that vectorised kernels like best."""
@@ -40,6 +40,23 @@ ALIGN_NBYTES: Final = 64
 COPY_BELOW_NBYTES: Final = 4096
 """Smaller buffers are copied out of the slot: who keeps a batch's identifiers should not keep its whole slot."""
 
+
+_SENT_BY_VALUE: Final = b"_class_setstate"
+"""How a stream calls what `_Unpickler` is for. Without it, pickle's own is as good, and needs no line of Python."""
+_IN_NUMPY: Final[dict[torch.dtype, np.dtype[Any]]] = {
+    torch.float32: np.dtype(np.float32),
+    torch.float64: np.dtype(np.float64),
+    torch.float16: np.dtype(np.float16),
+    torch.int64: np.dtype(np.int64),
+    torch.int32: np.dtype(np.int32),
+    torch.int16: np.dtype(np.int16),
+    torch.int8: np.dtype(np.int8),
+    torch.uint8: np.dtype(np.uint8),
+    torch.bool: np.dtype(np.bool_),
+    torch.complex64: np.dtype(np.complex64),
+    torch.complex128: np.dtype(np.complex128),
+}
+"""An array with its shape and a tensor of that cost a third of `torch.frombuffer` and a view: 2 µs instead of 7."""
 
 _MAX_PATH_DEPTH: Final = 20
 """How deep in a batch `unpicklable_path` looks."""
@@ -145,10 +162,13 @@ def decode(memory: memoryview, ticket: int) -> Any:
     magic, found, n_buffers, table_at, stream_at, stream_nbytes = _HEADER.unpack_from(memory, 0)
     if magic != _MAGIC or found != ticket:
         raise CorruptSlotError(f"expected ticket {ticket} in the slot, found {found} (magic {magic:#x})")
-    entries = [_ENTRY.unpack_from(memory, table_at + n * _ENTRY.size) for n in range(n_buffers)]
-    views = [memory[offset : offset + nbytes] for offset, nbytes in entries]
+    table = memory[table_at : table_at + n_buffers * _ENTRY.size].cast("Q").tolist()
+    views = [memory[offset : offset + nbytes] for offset, nbytes in zip(table[::2], table[1::2], strict=True)]
     buffers = [bytearray(view) if view.nbytes < COPY_BELOW_NBYTES else view for view in views]
-    return _Unpickler(io.BytesIO(memory[stream_at : stream_at + stream_nbytes]), buffers=buffers).load()
+    stream = bytes(memory[stream_at : stream_at + stream_nbytes])
+    if _SENT_BY_VALUE in stream:
+        return _Unpickler(io.BytesIO(stream), buffers=buffers).load()
+    return pickle.loads(stream, buffers=buffers)
 
 
 def private_copy(memory: memoryview) -> memoryview:
@@ -220,7 +240,12 @@ def _rebuild_tensor(
     raw: memoryview | None, dtype: torch.dtype, shape: tuple[int, ...], order: tuple[int, ...]
 ) -> torch.Tensor:
     """The reverse: `shape` and the buffer are in the order of descending strides, `order` says which."""
-    dense = torch.empty(shape, dtype=dtype) if raw is None else torch.frombuffer(raw, dtype=dtype).view(shape)
+    if raw is None:
+        dense = torch.empty(shape, dtype=dtype)
+    elif dtype in _IN_NUMPY:
+        dense = torch.from_numpy(np.ndarray(shape, _IN_NUMPY[dtype], raw))
+    else:
+        dense = torch.frombuffer(raw, dtype=dtype).view(shape)
     if order == tuple(range(len(order))):  # as usual: it lies there as it is
         return dense
     return dense.permute(sorted(range(len(order)), key=order.__getitem__))
