@@ -6,7 +6,8 @@ A benchmark says which cases there are (a contestant with a configuration) and h
 a fresh process, so nobody inherits another's warm caches or threads; the contestants take turns, so that a machine
 that gets slower in between does so for all. What is left is `NAME.csv` (one `Row` each: its fields are the columns,
 with units), `NAME.json` (machine, versions, commit, command, sizes, and the tables that were printed), and `NAME.png`,
-drawn from the CSV alone.
+drawn from the CSV alone. All three are written anew with each round, and the CSV file with each measurement: whoever
+ends a benchmark early has what was measured until then.
 """
 
 from __future__ import annotations
@@ -128,40 +129,41 @@ class Benchmark(ABC, Generic[RowT]):
         defaults = {**self.full, **(self.tiny if arguments.tiny else {})}
         given = {size: getattr(arguments, size) for size in defaults}
         sizes = {size: default if given[size] is None else given[size] for size, default in defaults.items()}
+        folder = arguments.out or default_folder(tiny=arguments.tiny)
         self.prepare(sizes)
-        rows = self._all_rounds(sizes)
-        self._publish(arguments.out or default_folder(tiny=arguments.tiny), rows, sizes)
-        return 0
-
-    def _all_rounds(self, sizes: Mapping[str, Any]) -> list[RowT]:
+        folder.mkdir(parents=True, exist_ok=True)
         rows: list[RowT] = []
         for number in range(int(sizes["rounds"])):
-            for case in self.cases(sizes):
-                if number >= case.pop("rounds", sizes["rounds"]):
-                    continue
-                for found in _in_a_fresh_process(self.name, {"number": number, **case}):
-                    rows.append(self.row(**found))
-                    print(rows[-1], flush=True)
-        return rows
-
-    def _publish(self, folder: Path, rows: Sequence[RowT], sizes: Mapping[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{self.name}.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(self.row)])
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)  # type: ignore[call-overload]
-        tables = self.tables(rows)
-        about = {
-            "machine": machine(),
-            "command": command(self.name, sizes, self.full),
-            "sizes": dict(sizes),
-            "tables": [asdict(table) for table in tables],
-        }
-        (folder / f"{self.name}.json").write_text(json.dumps({**about, **self.more(sizes)}, indent=2) + "\n")
-        self.redraw(folder)
-        for table in tables:
+            self._measure_round(number, sizes, rows, folder)
+            self._publish(folder, rows, sizes, rounds=number + 1)
+        for table in self.tables(rows):
             print(f"\n{table.markdown()}")
         print(f"\n{folder / self.name}.csv, .json, .png")
+        return 0
+
+    def _measure_round(self, number: int, sizes: Mapping[str, Any], rows: list[RowT], folder: Path) -> None:
+        for case in self.cases(sizes):
+            if number >= case.pop("rounds", sizes["rounds"]):
+                continue
+            for found in _in_a_fresh_process(self.name, {"number": number, **case}):
+                rows.append(self.row(**found))
+                print(rows[-1], flush=True)
+            with (folder / f"{self.name}.csv").open("w", newline="") as file:
+                writer = csv.DictWriter(file, [field.name for field in fields(self.row)])
+                writer.writeheader()
+                writer.writerows(asdict(row) for row in rows)  # type: ignore[call-overload]
+
+    def _publish(self, folder: Path, rows: Sequence[RowT], sizes: Mapping[str, Any], *, rounds: int) -> None:
+        measured = {**sizes, "rounds": rounds}
+        about = {
+            "machine": machine(),
+            "command": command(self.name, measured, self.full),
+            "sizes": measured,
+            "tables": [asdict(table) for table in self.tables(rows)],
+        }
+        more = self.more(sizes) if rounds == sizes["rounds"] else {}
+        (folder / f"{self.name}.json").write_text(json.dumps({**about, **more}, indent=2) + "\n")
+        self.redraw(folder)
 
     def redraw(self, folder: Path) -> None:
         """Draw the picture from the CSV file."""
