@@ -252,13 +252,13 @@ def runs(warm_nursery: None, pristine: Path, tmp_path_factory: pytest.TempPathFa
     for name in FAULTS:
         shutil.copytree(pristine, home / name / "preprocessed")
 
-    def take_alone(name: str) -> Run:
+    def take_one(name: str) -> Run:
         return take_with(FAULTS[name], home / name / "preprocessed", home / name / "run")
 
     runs: dict[str, Future[Run]] = {}
     for names in (FAULTS.keys() - alone, alone):
         with ThreadPoolExecutor(len(names)) as at_once:
-            runs |= {name: at_once.submit(take_alone, name) for name in names}
+            runs |= {name: at_once.submit(take_one, name) for name in names}
     return runs
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from safeloader.cli.demo.killing import Killer
 from safeloader.cli.demo.processes import CommandProcess, tail
 from safeloader.nnunet.short import SAFE_TRAINER, read_steps, write_trainers
 from safeloader.nnunet.workspace import Workspace
+from tests import compilers
 from tests.workspaces import beside
 
 EPOCHS, ITERATIONS, VAL_ITERATIONS = 3, 100, 5
@@ -89,17 +88,7 @@ def no_compiler(folder: Path) -> dict[str, str]:
 
 
 def no_headers(folder: Path) -> dict[str, str]:
-    """Compilers as they are where python3-dev is not installed."""
-    headers = {sysconfig.get_paths()[name] for name in ("include", "platinclude")}
-    for name in ("gcc", "cc", "clang", "g++"):
-        compiler = folder / name
-        compiler.write_text(
-            f"#!{sys.executable}\nimport os, sys\nbinaries = os.environ['PATH'].partition(':')[2]\n"
-            f"args = [a for a in sys.argv[1:] if not any(h in a for h in {sorted(headers)!r})]\n"
-            f"os.execvpe({name!r}, [{name!r}, *args], {{**os.environ, 'PATH': binaries}})\n"
-        )
-        compiler.chmod(0o755)
-    return {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+    return {"PATH": compilers.without_headers(folder)}
 
 
 def no_triton_cache(folder: Path) -> dict[str, str]:

@@ -6,8 +6,6 @@ import ctypes.util
 import inspect
 import shutil
 import subprocess
-import sys
-import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed, InternalTorchDynamoError
 from torch._inductor.exc import GPUTooOldForTriton, InductorError, TritonMissing
 
 from safeloader.nnunet.compile_causes import CompileFailure, compile_failure
+from tests import compilers
 
 triton = pytest.importorskip("triton")
 OLD = SimpleNamespace(name="Quadro M6000", major=5, minor=2)
@@ -125,15 +124,8 @@ def without_assembler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str
 
 
 def without_headers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A gcc as it is where python3-dev is not installed."""
-    compiler, headers = folder / "gcc", sysconfig.get_paths()["include"]
-    compiler.write_text(
-        f"#!{sys.executable}\nimport os, sys\n"
-        f'args = [a for a in sys.argv[1:] if "{headers}" not in a]\n'
-        f'os.execv("{shutil.which("gcc")}", ["gcc", *args])\n'
-    )
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CC", str(compiler))
+    compilers.without_headers(folder)
+    monkeypatch.setenv("CC", str(folder / "gcc"))
     return []
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +21,7 @@ from safeloader.nnunet.compiled import eager, is_compiled
 from safeloader.nnunet.export.ledger import LEDGER_FILE
 from safeloader.nnunet.mixin import SafeLoaderMixin
 from safeloader.nnunet.short import ShortTraining
+from tests import compilers
 
 Break = Callable[[Path, pytest.MonkeyPatch], None]
 
@@ -68,15 +66,7 @@ def no_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def no_headers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A g++ as it is where python3-dev is not installed."""
-    compiler = folder / "g++"
-    headers = sysconfig.get_paths()["include"]
-    compiler.write_text(
-        f'#!{sys.executable}\nimport os, sys\nargs = [a for a in sys.argv[1:] if "{headers}" not in a]\n'
-        f'os.execvpe("g++", ["g++", *args], {{**os.environ, "PATH": "{os.environ["PATH"]}"}})\n'
-    )
-    compiler.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", compilers.without_headers(folder))
 
 
 def no_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

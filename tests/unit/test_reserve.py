@@ -28,22 +28,16 @@ def held_up(reserve: int | None, batch_s: float = 2 * QUICK_S, **others: object)
     if reserve is not None:
         machine.handle(events.Budget(WORKERS, reserve), 0.0)
     machine.handle(events.Ready(1, 0), 0.0)
-    work_on(machine, batch_s)
+    work_on(machine, 1, batch_s=batch_s)
     return machine
 
 
-def work_on(machine: Machine, batch_s: float = 2 * QUICK_S) -> None:
-    while (worker := machine._workers[1]).assigned:
-        ticket, slot = worker.assigned[0]
-        machine.handle(events.Finished(1, machine.incarnation(1), ticket, slot), worker.began + batch_s)
-        machine.validate()
-
-
-def finish(machine: Machine) -> None:
-    """All that is in work, in order."""
-    while busy := [worker for worker in machine._workers if worker.assigned]:
+def work_on(machine: Machine, *workers: int, batch_s: float = 2 * QUICK_S) -> None:
+    """These make what they have and get, in order, until there is nothing more."""
+    while busy := [worker for number in workers if (worker := machine._workers[number]).assigned]:
         first = min(busy, key=lambda worker: worker.assigned[0])
-        machine.handle(events.Finished(first.index, 0, *first.assigned[0]), machine._last + 2 * QUICK_S)
+        at = max(machine._last, first.began + batch_s)
+        machine.handle(events.Finished(first.index, first.incarnation, *first.assigned[0]), at)
         machine.validate()
 
 
@@ -71,12 +65,12 @@ def test_quick_batches_have_none() -> None:
 def test_what_was_held_up_once_keeps_the_reserve() -> None:
     """The next ticket that takes long is met with more batches made ahead."""
     machine = held_up(MOST)
-    finish(machine)
+    work_on(machine, 0, 1)
     assert in_use(machine) == USUAL + MOST
     for _ in range(50):
         take(machine)
         assert in_use(machine) == USUAL + MOST, "a new ticket has it"
-        finish(machine)
+        work_on(machine, 0, 1)
 
 
 def test_a_ring_that_nothing_holds_up_is_as_large_as_ever() -> None:
@@ -87,7 +81,7 @@ def test_a_ring_that_nothing_holds_up_is_as_large_as_ever() -> None:
         machine.handle(events.Ready(worker, 0), 0.0)
     machine.handle(events.Budget(WORKERS, MOST), 0.0)
     for _ in range(50):
-        finish(machine)
+        work_on(machine, 0, 1)
         assert in_use(machine) == USUAL
         take(machine)
 
@@ -116,7 +110,7 @@ def test_while_a_ticket_that_failed_is_made_again_there_is_none() -> None:
     (ticket, slot), *_ = machine._workers[0].assigned
     machine.handle(events.Finished(0, 0, ticket, slot, failure=unreadable), 2.0)
     machine.handle(events.Budget(WORKERS, MOST), 2.0)
-    work_on(machine)
+    work_on(machine, 1)
     assert in_use(machine) == USUAL - 1, "its slot is kept for it"
 
 
@@ -125,7 +119,7 @@ def test_a_kill_from_outside_says_nothing_about_the_ticket() -> None:
     machine.handle(events.Budget(WORKERS, MOST), 1.0)
     machine.handle(events.Exited(0, 0, Cause.OUTSIDE, ticket=0), 2.0)
     assert machine._workers[1].assigned, "the lost one"
-    work_on(machine)
+    work_on(machine, 1)
     assert in_use(machine) == USUAL + MOST
 
 
@@ -135,7 +129,7 @@ def test_an_oom_kill_closes_the_reserve() -> None:
     machine.handle(events.Exited(1, 0, Cause.MEMORY), 2.0)
     before = in_use(machine)
     machine.handle(events.Ready(1, 1), 3.0)
-    work_on(machine)
+    work_on(machine, 1)
     assert in_use(machine) == before
 
 
