@@ -441,7 +441,7 @@ class Machine:
     def _open_reserve(self) -> None:
         """As far as memory has room for it, and for batches that are not quick."""
         for lane in self._lanes:
-            lane.slots.reserve = self._reserve if self._patience.typical_s > QUICK_S else 0
+            lane.slots.granted = self._reserve if self._patience.typical_s > QUICK_S else 0
 
     def _next_rung(self, worker: Worker, now: float) -> Action | None:
         """What to change when deaths are too many; None if they are not."""

@@ -49,12 +49,12 @@ class Slots:
         ticket: the first that will be taken.
 
     Attributes:
-        reserve: how many more there may be now, from the first time on that a ticket has held up others; 0 until
+        granted: how many more there may be now, from the first time on that a ticket has held up others; 0 until
             somebody sets it.
     """
 
     def __init__(self, limit: int, first: int = 0, step: int = 1, *, reserve: int = 0, ticket: int = 0) -> None:
-        self.reserve = 0
+        self.granted = 0
         self._limit = limit
         self._most = limit + reserve
         self._to_take = ticket
@@ -92,7 +92,7 @@ class Slots:
         """How many a new ticket may have now."""
         used_before = len(self._slots) > self._limit  # free slots are taken before another is made
         opened = not self._failed and (used_before or self._held_up)
-        return max(0, self._limit + (self.reserve if opened else 0) - self._in_use)
+        return max(0, self._limit + (self.granted if opened else 0) - self._in_use)
 
     @property
     def _held_up(self) -> bool:
