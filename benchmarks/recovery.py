@@ -133,7 +133,7 @@ class Recovery(Benchmark[Row]):
         right.axvline(1.5, color=_TARGET, lw=0.8)
         right.set(xlabel="time for a batch / without kills")
         for axes in (left, middle, right):
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0, -0.15), frameon=False)  # below: all is full
             tidy(axes)
 
 
