@@ -133,10 +133,11 @@ class Benchmark(ABC, Generic[RowT]):
         self.prepare(sizes)
         folder.mkdir(parents=True, exist_ok=True)
         rows: list[RowT] = []
+        tables: list[Table] = []
         for number in range(int(sizes["rounds"])):
             self._measure_round(number, sizes, rows, folder)
-            self._publish(folder, rows, sizes, rounds=number + 1)
-        for table in self.tables(rows):
+            tables = self._publish(folder, rows, sizes, rounds=number + 1)
+        for table in tables:
             print(f"\n{table.markdown()}")
         print(f"\n{folder / self.name}.csv, .json, .png")
         return 0
@@ -153,17 +154,19 @@ class Benchmark(ABC, Generic[RowT]):
                 writer.writeheader()
                 writer.writerows(asdict(row) for row in rows)  # type: ignore[call-overload]
 
-    def _publish(self, folder: Path, rows: Sequence[RowT], sizes: Mapping[str, Any], *, rounds: int) -> None:
+    def _publish(self, folder: Path, rows: Sequence[RowT], sizes: Mapping[str, Any], *, rounds: int) -> list[Table]:
+        tables = self.tables(rows)
         measured = {**sizes, "rounds": rounds}
         about = {
             "machine": machine(),
             "command": command(self.name, measured, self.full),
             "sizes": measured,
-            "tables": [asdict(table) for table in self.tables(rows)],
+            "tables": [asdict(table) for table in tables],
         }
         more = self.more(sizes) if rounds == sizes["rounds"] else {}
         (folder / f"{self.name}.json").write_text(json.dumps({**about, **more}, indent=2) + "\n")
         self.redraw(folder)
+        return tables
 
     def redraw(self, folder: Path) -> None:
         """Draw the picture from the CSV file."""

@@ -6,16 +6,13 @@ import os
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Final
-
-NAMES: Final = ("gcc", "cc", "clang", "g++")
 
 
 def without_headers(folder: Path) -> str:
     """Those of this machine where python3-dev is not installed, in `folder`; returns a search path with it."""
     headers = sorted({sysconfig.get_paths()[name] for name in ("include", "platinclude")})
     real = os.environ["PATH"]
-    for name in NAMES:
+    for name in ("gcc", "cc", "clang", "g++"):
         compiler = folder / name
         compiler.write_text(
             f"#!{sys.executable}\nimport os, sys\n"

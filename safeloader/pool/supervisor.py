@@ -65,7 +65,7 @@ class Supervisor:
         self._ending = False
         self._selector = selectors.DefaultSelector()
         self._selector.register(self.mailbox.wakeup.fd, selectors.EVENT_READ, self.mailbox.wakeup.clear)
-        self._listened: set[Wakeup] = set()  # consumers' `freed`
+        self._listened: set[Wakeup] = set()  # consumers' `freed`; the selector tells by an exception, which costs more
         self._window: Window | None = None
         with contextlib.suppress(OSError):  # nobody can look, and that is all
             self._window = Window(lambda: view(self._pools.values()))

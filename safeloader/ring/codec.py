@@ -31,7 +31,7 @@ from safeloader import killpoints
 from safeloader.ring.memfile import MemoryFile
 
 _HEADER: Final = struct.Struct("=QqQQQQ")  # magic, ticket, n_buffers, table offset, stream offset, stream nbytes
-_ENTRY: Final = struct.Struct("=QQ")  # offset, nbytes: two unsigned integers of 64 bits, memoryview's "Q"
+_ENTRY: Final = struct.Struct("=QQ")  # offset, nbytes
 _MAGIC: Final = 0x31_30_52_44_4C_46_53_53
 ALIGN_NBYTES: Final = 64
 """Cache line, and the alignment that vectorised kernels like best."""
@@ -44,17 +44,11 @@ COPY_BELOW_NBYTES: Final = 4096
 _SENT_BY_VALUE: Final = b"_class_setstate"
 """How a stream calls what `_Unpickler` is for. Without it, pickle's own is as good, and needs no line of Python."""
 _IN_NUMPY: Final[dict[torch.dtype, np.dtype[Any]]] = {
-    torch.float32: np.dtype(np.float32),
-    torch.float64: np.dtype(np.float64),
-    torch.float16: np.dtype(np.float16),
-    torch.int64: np.dtype(np.int64),
-    torch.int32: np.dtype(np.int32),
-    torch.int16: np.dtype(np.int16),
-    torch.int8: np.dtype(np.int8),
-    torch.uint8: np.dtype(np.uint8),
-    torch.bool: np.dtype(np.bool_),
-    torch.complex64: np.dtype(np.complex64),
-    torch.complex128: np.dtype(np.complex128),
+    getattr(torch, name): np.dtype(name)
+    for name in (
+        *("float16", "float32", "float64", "complex64", "complex128"),
+        *("int8", "int16", "int32", "int64", "uint8", "bool"),
+    )
 }
 """An array with its shape and a tensor of that cost a third of `torch.frombuffer` and a view: 2 µs instead of 7."""
 
@@ -162,8 +156,8 @@ def decode(memory: memoryview, ticket: int) -> Any:
     magic, found, n_buffers, table_at, stream_at, stream_nbytes = _HEADER.unpack_from(memory, 0)
     if magic != _MAGIC or found != ticket:
         raise CorruptSlotError(f"expected ticket {ticket} in the slot, found {found} (magic {magic:#x})")
-    table = memory[table_at : table_at + n_buffers * _ENTRY.size].cast("Q").tolist()
-    views = [memory[offset : offset + nbytes] for offset, nbytes in zip(table[::2], table[1::2], strict=True)]
+    table = _ENTRY.iter_unpack(memory[table_at : table_at + n_buffers * _ENTRY.size])
+    views = [memory[offset : offset + nbytes] for offset, nbytes in table]
     buffers = [bytearray(view) if view.nbytes < COPY_BELOW_NBYTES else view for view in views]
     stream = bytes(memory[stream_at : stream_at + stream_nbytes])
     if _SENT_BY_VALUE in stream:

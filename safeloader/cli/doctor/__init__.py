@@ -17,6 +17,7 @@ from safeloader.cli.command import Command, show
 from safeloader.cli.doctor import machine, software
 from safeloader.cli.doctor.check import Check, Finding, Verdict
 from safeloader.cli.doctor.facts import Facts
+from safeloader.words import counted
 
 CHECKS: Final[tuple[type[Check], ...]] = (
     machine.Cpus,
@@ -95,12 +96,12 @@ def in_words(findings: Sequence[tuple[str, Finding]]) -> str:
 
 
 def _answer(verdicts: Sequence[Verdict]) -> str:
-    broken, doubtful = verdicts.count(Verdict.BREAKS), verdicts.count(Verdict.WARNING)
-    may = f"; {doubtful} {'thing' if doubtful == 1 else 'things'} may" if doubtful else ""
-    hidden = f"; {dark} could not be found out" if (dark := verdicts.count(Verdict.UNKNOWN)) else ""
+    broken, doubtful, unknown = map(verdicts.count, (Verdict.BREAKS, Verdict.WARNING, Verdict.UNKNOWN))
+    may = f"; {counted(doubtful, 'thing')} may" if doubtful else ""
+    more = f"{may}; {unknown} could not be found out" if unknown else may
     if broken:
-        return f"{broken} {'thing' if broken == 1 else 'things'} will break a training{may}{hidden}."
-    return f"Nothing that was looked at will break a training{may}{hidden}."
+        return f"{counted(broken, 'thing')} will break a training{more}."
+    return f"Nothing that was looked at will break a training{more}."
 
 
 def _as_json(facts: Facts, findings: Sequence[tuple[str, Finding]]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Probed:
     Attributes:
         steps: What a step that ended said, by its name; with "error" if it failed.
         ended: Why the process did not come to its end, as the end of a sentence; "" if it did.
-        late: Whether that was for want of time: then nothing is known of the steps that are missing.
+        late: Whether that was for want of time.
     """
 
     steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -30,6 +30,10 @@ class Probed:
     def step(self, name: str) -> Mapping[str, Any]:
         """What a step said; of one that did not come to its end, how the process ended."""
         return self.steps.get(name, {"error": self.ended})
+
+    def unreached(self, name: str) -> bool:
+        """Whether nothing is known of a step for want of time: no fault, where storage is slow or the machine busy."""
+        return self.late and name not in self.steps
 
 
 def probe(trainer: str, *, deep: bool, timeout_s: float) -> Probed:

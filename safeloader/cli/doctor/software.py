@@ -39,7 +39,7 @@ class Torch(Check):
     def look(self, facts: Facts) -> Finding | None:
         """nnU-Net trains on the first GPU that torch finds."""
         found = facts.probed.step("torch")
-        if _unreached(facts, "torch"):
+        if facts.probed.unreached("torch"):
             return _no_time("torch can be imported", "torch", facts)
         if "error" in found:
             return breaks(f"can't be imported: {found['error']}", "pip install --force-reinstall torch")
@@ -56,11 +56,6 @@ class Torch(Check):
             f"{built}; there is no GPU: a training on the CPU takes weeks",
             "docker run --gpus all …, or srun --gpus=1 …",
         )
-
-
-def _unreached(facts: Facts, step: str) -> bool:
-    """Whether nothing is known of a step for want of time: no fault, where storage is slow or the machine is busy."""
-    return facts.probed.late and step not in facts.probed.steps
 
 
 def _no_time(what: str, module: str, facts: Facts) -> Finding:
@@ -232,7 +227,7 @@ class Blosc2(Check):
     def look(self, facts: Facts) -> Finding | None:
         """It compiles against numpy 2, and fails with numpy 1 (nnUNet#2913)."""
         found = facts.probed.step("blosc2")
-        if _unreached(facts, "blosc2"):
+        if facts.probed.unreached("blosc2"):
             return _no_time("blosc2 can be imported", "blosc2", facts)
         if "error" in found:
             return breaks(f"can't be imported: {found['error']}", "pip install -U blosc2 numpy")
@@ -251,7 +246,7 @@ class Trainer(Check):
             return ok(f"nnU-Net finds {found['found']}")
         if "Could not find requested nnunet trainer" in found["error"]:
             return breaks(f"nnU-Net does not find {facts.trainer}", "safeloader install")
-        if _unreached(facts, "trainer"):
+        if facts.probed.unreached("trainer"):
             if "SafeLoader" in facts.trainer and not facts.shim:
                 return breaks(f"nothing leads nnU-Net to {facts.trainer}", "safeloader install")
             return _no_time(f"nnU-Net finds {facts.trainer}", "nnunetv2", facts)
