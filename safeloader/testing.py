@@ -161,7 +161,8 @@ class Orders:
     """Deeds that a test orders and a worker does, in a stage of its work: for what no signal can cause from outside.
 
     The loader (or transform) has a copy and calls `obey` where it may be struck. An order is a file in a folder, and
-    who can remove it has to obey: so each is obeyed once, whoever dies of it.
+    who can remove it has to obey: so each is obeyed once, whoever dies of it. One call obeys one order: a process
+    that stopped itself and is continued, so that it can write its stacks, runs on for a moment before it ends.
 
     Args:
         folder: where the orders lie; it is made.
@@ -175,14 +176,14 @@ class Orders:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def give(self, deed: str, stage: str) -> None:
-        """Whoever next calls `obey` with this stage does the deed."""
+        """Whoever next calls `obey` with this stage does the deed; of several, each does one, in any order."""
         if deed not in self.deeds:
             raise KeyError(f"no deed {deed!r}: there are {', '.join(sorted(self.deeds))}")
         self._given += 1
         (self.folder / f"{stage}:{deed}:{self._given}").touch()
 
     def obey(self, stage: str) -> None:
-        """Do what is ordered for this stage and nobody has done, if there is something."""
+        """Do one thing that is ordered for this stage and nobody has done, if there is one."""
         for name in os.listdir(self.folder):
             ordered, deed, _ = name.split(":")
             if ordered != stage:
@@ -192,6 +193,7 @@ class Orders:
             except FileNotFoundError:  # another worker was faster
                 continue
             self.deeds[deed]()
+            return
 
     def withdraw(self, deed: str = "*") -> None:
         """Take back what nobody has obeyed yet."""
