@@ -29,6 +29,13 @@ def undisturbed(warm_nursery: None) -> list[object]:
         return [fingerprint(next(augmenter)) for _ in range(BATCHES)]
 
 
+@pytest.fixture
+def running_nursery(warm_nursery: None) -> None:
+    """The shared clean nursery, started again if a test before has ended it: its start takes none of a test's limit."""
+    with SafeAugmenter(RandomLoader(), None, 1, 1) as augmenter:
+        next(augmenter)
+
+
 class OnlyAtHome(RandomLoader):
     """Does its deed wherever it is unpickled."""
 
@@ -101,34 +108,36 @@ def test_unpickling_that_kills_the_clean_nursery_ends_with_an_error_that_says_so
 # ---- hangs ----
 
 
+@pytest.mark.usefixtures("running_nursery")
 def test_unpickling_that_hangs_is_survived_by_forking_from_the_trainer(undisturbed: list[object]) -> None:
     started = time.monotonic()
-    with SafeAugmenter(OnlyAtHome(loaders.sleep_for_ever), None, 2, 2, seed=7, hang_timeout_first_s=8) as augmenter:
+    with SafeAugmenter(OnlyAtHome(loaders.sleep_for_ever), None, 2, 2, seed=7, hang_timeout_first_s=4) as augmenter:
         assert [fingerprint(next(augmenter)) for _ in range(BATCHES)] == undisturbed
         incident = augmenter.report().incidents[0]
         assert augmenter.report().start_method == "forked"
     assert time.monotonic() - started < 30
     assert incident.kind == "nursery-death"
-    assert re.search(r"the nursery .* did not answer for 8\.\d s and was killed while it unpickled", incident.message)
+    assert re.search(r"the nursery .* did not answer for 4\.\d s and was killed while it unpickled", incident.message)
     assert incident.stderr_tail is not None and "in sleep_for_ever" in incident.stderr_tail
 
 
+@pytest.mark.usefixtures("running_nursery")
 def test_unpickling_that_hangs_in_a_clean_process_alone_is_an_error_with_its_stack() -> None:
     started = time.monotonic()
-    options = {"hang_timeout_first_s": 8, "start_method": "clean"}  # the nursery's own imports take seconds
+    options = {"hang_timeout_first_s": 12, "start_method": "clean"}  # the second nursery's imports take seconds
     with (
         SafeAugmenter(OnlyAtHome(loaders.sleep_for_ever), None, 2, 2, **options) as augmenter,
-        pytest.raises(StartError, match=r"nursery did not answer for 8\.\d s and was killed .*, twice") as caught,
+        pytest.raises(StartError, match=r"nursery did not answer for 12\.\d s and was killed .*, twice") as caught,
     ):
         next(augmenter)
     assert "in sleep_for_ever" in str(caught.value.__cause__)
-    assert time.monotonic() - started < 40
+    assert time.monotonic() - started < 60
 
 
 IMPORT_HANGS = """
 import pathlib, tempfile
 folder = tempfile.mkdtemp(dir=os.environ["TMPDIR"])
-with open(folder + "/threadpoolctl.py", "w") as file:
+with open(folder + "/torch.py", "w") as file:
     file.write("import time\\ntime.sleep(3600)\\n")
 sys.path.insert(0, folder)
 started = time.monotonic()
@@ -141,12 +150,12 @@ import shutil; shutil.rmtree(folder)
 
 
 def test_a_nursery_that_hangs_in_its_imports(tmp_path: Path, undisturbed: list[Any]) -> None:
-    ended = scripts.run(tmp_path, "import threadpoolctl\n" + IMPORT_HANGS, timeout_s=60)
+    ended = scripts.run(tmp_path, IMPORT_HANGS, timeout_s=60)
     assert ended.code == 0, ended.err
     draw, told = ended.out.splitlines()
     assert float(draw) == undisturbed[0][2]
     assert re.match(r"forked the nursery .* did not answer for 4\.\d s and was killed", told), told
-    assert "threadpoolctl.py" in ended.err, "its stacks are on the screen"
+    assert "/torch.py" in ended.err, "its stacks are on the screen"
 
 
 STOPPED = """
@@ -199,12 +208,12 @@ class BlocksForks(RandomLoader):
         block_forks()
 
 
+@pytest.mark.usefixtures("running_nursery")
 def test_a_fork_that_blocks_is_survived_by_forking_from_the_trainer(undisturbed: list[object]) -> None:
-    # Longer than a nursery takes on a busy machine to start, which counts as well.
-    options = {"hang_timeout_first_s": 6, "max_restarts": 0, "backoff_max_s": 0}
+    options = {"hang_timeout_first_s": 4, "max_restarts": 0, "backoff_max_s": 0}
     with SafeAugmenter(BlocksForks(), None, 1, 2, seed=7, **options) as augmenter:
         assert [fingerprint(next(augmenter)) for _ in range(BATCHES)] == undisturbed
-        assert "did not answer for 6." in augmenter.report().incidents[0].message
+        assert "did not answer for 4." in augmenter.report().incidents[0].message
 
 
 def test_the_nursery_dies_while_several_workers_hang(undisturbed: list[object], tmp_path: Path) -> None:
