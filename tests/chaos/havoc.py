@@ -23,7 +23,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
-import psutil
 from batchgeneratorsv2.transforms.intensity.brightness import MultiplicativeBrightnessTransform
 from batchgeneratorsv2.transforms.intensity.gaussian_noise import GaussianNoiseTransform
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
@@ -35,6 +34,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from safeloader import SafeAugmenter
 from safeloader.testing import Orders
 from tests import damage, loaders
+from tests.processes import children
 
 CASES: Final = 8
 _PATCH: Final = (16, 16, 16)
@@ -220,7 +220,7 @@ class Havoc:
         return f"{number.name} to worker {victims}" if victims else None
 
     def _signal_nursery(self) -> str | None:
-        nurseries = [child.pid for child in psutil.Process().children() if child.name().startswith("sl-nurs")]
+        nurseries = [nursery.pid for nursery in children("sl-nurs")]
         if not nurseries:
             return None
         pid, number = self._chance.choice(nurseries), self._chance.choice([signal.SIGKILL, signal.SIGSTOP])

@@ -14,6 +14,7 @@ import pytest
 import safeloader
 from safeloader.cli.command import signals_interrupt
 from safeloader.testing import wait_until
+from tests.processes import lives
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
@@ -41,4 +42,4 @@ def test_ctrl_c_leaves_nothing_running(tmp_path: Path) -> None:
     assert demo.returncode == 130
     assert output.splitlines()[-1] == "safeloader demo: interrupted"
     assert "Traceback" not in output
-    wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family))
+    wait_until(lambda: not any(map(lives, family)))

@@ -20,6 +20,7 @@ from safeloader.cli.demo.processes import CommandFailedError, CommandProcess, ta
 from safeloader.cli.demo.recording import Event
 from safeloader.nnunet.short import STEPS_FILE, Step, read_steps
 from safeloader.testing import wait_until
+from tests.processes import lives
 
 # A command with a child and a grandchild, of which one left the process group; all live for ever.
 FAMILY = """
@@ -62,7 +63,7 @@ class TestCommandProcess:
             wait_until(lambda: it.wait(0.1) == 3, timeout_s=20)
             session = [p for p in psutil.process_iter() if p.pid != it.pid and _group(p) == it.pid]
             assert session, "the child that stayed in the group"
-        wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in session))
+        wait_until(lambda: not any(map(lives, session)))
 
     def test_writes_no_core_files(self, tmp_path: Path) -> None:
         log = tmp_path / "log"

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
@@ -19,6 +18,7 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from safeloader import SafeAugmenter
 from safeloader.testing import wait_until
 from tests.loaders import RandomLoader
+from tests.processes import children
 
 pytestmark = pytest.mark.usefixtures("warm_nursery")
 
@@ -232,7 +232,7 @@ def test_iteration_and_next(augmenter_class: Any) -> None:
 
 
 def _workers() -> int:
-    return sum(not child.name().startswith("sl-nursery") for child in psutil.Process().children(recursive=True))
+    return len({*children(recursive=True)} - {*children("sl-nursery")})
 
 
 def test_workers_start_with_the_first_next(augmenter_class: Any) -> None:

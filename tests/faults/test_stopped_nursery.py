@@ -12,6 +12,7 @@ from safeloader import SafeAugmenter
 from safeloader.pool.supervisor import Supervisor
 from safeloader.testing import wait_until
 from tests.loaders import RandomLoader, fingerprint
+from tests.processes import children
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def stopped_nursery() -> Iterator[tuple[SafeAugmenter, psutil.Process]]:
     with Supervisor.hold(), SafeAugmenter(RandomLoader(), None, 2, 2, seed=7) as augmenter:
         next(augmenter)
         wait_until(lambda: all(worker.state == "ready" for worker in augmenter.workers()))
-        nursery = next(child for child in psutil.Process().children() if child.name() == "sl-nursery")
+        (nursery,) = children("sl-nursery")
         nursery.suspend()
         yield augmenter, nursery
 

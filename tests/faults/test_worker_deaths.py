@@ -24,6 +24,7 @@ from safeloader.errors import BatchNotPicklableError, RestartLimitError, StartEr
 from safeloader.testing import wait_until
 from tests import loaders, scripts
 from tests.loaders import Deadly, DeadlyOncePerBatch, DeadlyOnceTold, RandomLoader, Saboteur, fingerprint
+from tests.processes import children
 
 pytestmark = pytest.mark.usefixtures("warm_nursery")
 
@@ -176,7 +177,7 @@ def test_a_real_oom_kill_costs_no_batch(tmp_path: Path, small_memory: Path) -> N
 def test_a_kernel_that_forks_no_more(undisturbed: list[object]) -> None:
     """As with RLIMIT_NPROC: the one worker that there is goes on alone, and the other comes when it can."""
     cgroup = Path("/sys/fs/cgroup/pids") / f"safeloader-test-{os.getpid()}"
-    nursery = next(child for child in psutil.Process().children() if child.name() == "sl-nursery")
+    (nursery,) = children("sl-nursery")
     try:
         cgroup.mkdir()
     except OSError as error:

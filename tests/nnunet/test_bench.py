@@ -25,6 +25,7 @@ from safeloader.pool.blur import always_convolve_directly
 from safeloader.pool.seeding import seed_everything
 from safeloader.ring.digest import checksum
 from safeloader.testing import wait_until
+from tests.processes import lives
 
 
 @pytest.fixture
@@ -133,7 +134,7 @@ def test_ctrl_c_leaves_nothing_running(stage: str, processes: int, workspace: Wo
     assert bench.returncode == 130
     assert said.splitlines()[-1] == "safeloader bench: interrupted", said
     assert "Traceback" not in said
-    wait_until(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family))
+    wait_until(lambda: not any(map(lives, family)))
 
 
 def test_measuring_changes_no_batch(workspace: Workspace) -> None:

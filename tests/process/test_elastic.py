@@ -19,6 +19,7 @@ from safeloader import SafeAugmenter
 from safeloader.pool.supervisor import Supervisor
 from safeloader.testing import wait_until
 from tests.loaders import RandomLoader, fingerprint
+from tests.processes import children
 
 pytestmark = pytest.mark.usefixtures("warm_nursery")
 
@@ -43,18 +44,6 @@ def states(augmenter: SafeAugmenter) -> list[str]:
     return [worker.state for worker in augmenter.workers()]
 
 
-def processes(name: str = "sl-loader") -> list[psutil.Process]:
-    """Of the test's own process, by the beginning of their names; also those that nobody has reaped yet."""
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        try:
-            if child.name().startswith(name):
-                found.append(child)
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
 def wait_for_rest(augmenter: SafeAugmenter) -> None:
     wait_until(lambda: states(augmenter) == ["resting"] * WORKERS, what="that all rest")
 
@@ -76,7 +65,7 @@ def undisturbed() -> list[object]:
 
 
 def test_no_process_is_left_and_the_batches_stay(resting: SafeAugmenter) -> None:
-    assert processes() == [], "they were reaped before they counted as gone"
+    assert children("sl-loader", recursive=True) == [], "they were reaped before they counted as gone"
     report = resting.report()
     assert (report.resting, report.workers, report.restarts, report.incidents) == (WORKERS, WORKERS, 0, ())
     gc.collect()
@@ -135,7 +124,7 @@ def test_a_worker_that_is_killed_while_the_others_rest(resting: SafeAugmenter, u
 
 def test_close_while_all_rest(resting: SafeAugmenter) -> None:
     resting.close()
-    assert (resting.workers(), processes()) == ((), [])
+    assert (resting.workers(), children("sl-loader", recursive=True)) == ((), [])
     assert resting.report().batches == 3
 
 
@@ -145,7 +134,7 @@ def test_close_while_they_leave() -> None:
         with elastic(rest_after_s=0.05) as augmenter:
             next(augmenter)
             wait_until(lambda held=augmenter: "resting" in states(held) or None in {w.pid for w in held.workers()})
-        assert processes() == []
+        assert children("sl-loader", recursive=True) == []
 
 
 def test_restart_while_all_rest(resting: SafeAugmenter, undisturbed: list[object]) -> None:
@@ -174,7 +163,7 @@ def test_switched_off(undisturbed: list[object]) -> None:
         assert fingerprint(next(awake)) == fingerprint(next(augmenter)) == undisturbed[0]
         wait_for_rest(augmenter)
         assert states(awake) == ["ready"] * WORKERS
-        assert len(processes("sl-awake")) == WORKERS
+        assert len(children("sl-awake", recursive=True)) == WORKERS
         assert Supervisor.current is not None
 
 

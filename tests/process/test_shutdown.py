@@ -25,6 +25,7 @@ from safeloader.testing import wait_until
 from tests import scripts
 from tests.interrupts import InterruptError, interrupts
 from tests.loaders import RandomLoader, fingerprint
+from tests.processes import children, lives
 
 GONE_WITHIN_S = 2.0
 
@@ -335,7 +336,7 @@ def undisturbed() -> list[object]:
 
 def _nurseries() -> list[psutil.Process]:
     """The trainer's direct children: nothing else is started by these tests."""
-    return [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in children() if lives(child)]
 
 
 def _kill_nursery() -> int:
