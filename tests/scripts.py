@@ -23,6 +23,7 @@ from types import TracebackType
 import psutil
 
 from safeloader.testing import wait_until
+from tests.processes import lives
 
 ROOT = Path(__file__).parents[1]
 _MARK = "SAFELOADER_TEST_MARK"
@@ -150,7 +151,7 @@ def marked(mark: str) -> Iterator[psutil.Process]:
     """Every live process whose environment carries the mark; a process that is being started has it from exec on."""
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(_MARK) == mark:
+            if lives(process) and process.environ().get(_MARK) == mark:
                 yield process
 
 

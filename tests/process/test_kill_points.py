@@ -26,6 +26,7 @@ from safeloader.pool import launch, nursery, wire, worker
 from safeloader.testing import wait_until
 from tests.process import kill_scenarios
 from tests.process.kill_scenarios import SCENARIOS
+from tests.processes import lives
 
 POINTS = list(killpoints.STEPS) + [
     f"{role}.{moment}.{message.__name__}"
@@ -170,8 +171,8 @@ def _group(leader: int) -> list[int]:
 
     def belongs(process: psutil.Process) -> bool:
         try:
-            return os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE
-        except (psutil.Error, ProcessLookupError):
+            return os.getpgid(process.pid) == leader and lives(process)
+        except ProcessLookupError:
             return False
 
     return [process.pid for process in psutil.process_iter() if belongs(process)]
