@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from safeloader.pool.crowd import Effort
+
 
 class Cause(str, Enum):
     """Why a worker has ended, as far as that decides what is done about it."""
@@ -51,18 +53,23 @@ class Failure:
 
 @dataclass(frozen=True)
 class Ready:
-    """The worker has started. `cases` is how many its loader draws from, or None if that is not known."""
+    """The worker has started.
+
+    `cases` is how many its loader draws from, or None if that is not known. `cpus` are those on which it may run, as
+    bits; 0 if it can't measure what its work takes.
+    """
 
     worker: int
     incarnation: int
     cases: int | None = None
+    cpus: int = 0
 
 
 @dataclass(frozen=True)
 class Finished:
     """The worker's slot holds the ticket's batch, or (`failure`) the record of the exception that it ended in.
 
-    `cases` are the batch's, where they are known.
+    `cases` are the batch's, where they are known. `effort` is what it took, if the worker can measure it.
     """
 
     worker: int
@@ -71,6 +78,7 @@ class Finished:
     slot: int
     cases: tuple[str, ...] = ()
     failure: Failure | None = None
+    effort: Effort | None = None
 
 
 @dataclass(frozen=True)
@@ -321,10 +329,14 @@ class Resize:
 
 @dataclass(frozen=True)
 class Rest:
-    """The others suffice for the work that there is, so `resting` of the `workers` rest: say it, once for the pool."""
+    """The others suffice for the work that there is, so `resting` of the `workers` rest: say it, once for the pool.
+
+    `at_work` is given if there is more work, but so many keep the CPUs busy.
+    """
 
     resting: int
     workers: int
+    at_work: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ list of events in a test. The supervisor feeds it and carries out its actions.
 A ticket's life: issued in ascending order, lost tickets first → READY → taken exactly once, in order. A worker's: see
 `crew`.
 
-Six books are kept by parts of their own: `crew` (who is in which state), `lanes` (which ticket comes next), `slots`
+Seven books are kept by parts of their own: `crew` (who is in which state), `lanes` (which ticket comes next), `slots`
 (whose slot), `blame` (a failure's culprit), `strength` (how many workers, and when to give up), `patience` (how long
-without progress).
+without progress), `crowd` (how many at work keep the CPUs busy).
 
 Sizes. A lane has at most workers + 2 x num_cached slots, and where workers share one, a reserve from when on a ticket
 that takes long has held up others: see `slots`. It is for batches that are not quick, as far as the first one told that
@@ -27,6 +27,10 @@ nowhere, and is no incident. A worker with a lane of its own never rests, for no
 one before it was measured. One that dies while it is leaving was idle, and is replaced like any other. Time asleep
 counts as idle: while all have nothing to do, nobody asks the machine, and it can't tell the one from the other.
 
+Crowd. A worker without a ticket gets a new one only while fewer are at work than keep the CPUs busy; so those beyond
+that number have nothing to do, and rest. A lost ticket is given to anybody. One that takes far longer than usual waits
+for something, and does not count. Not in lanes of their own, where nobody can make another's batches.
+
 Watchdog. A worker that starts, works or was asked to leave must show progress within `patience`. Time during which
 the machine itself was not asked says nothing about the workers, so it does not count.
 """
@@ -42,6 +46,7 @@ from typing import Final
 
 from safeloader.pool.blame import Blame, Fate, Policy, Verdict
 from safeloader.pool.crew import Crew, Leave, Worker, WorkerState
+from safeloader.pool.crowd import Crowd, waits_after_s
 from safeloader.pool.events import (
     Abandon,
     Action,
@@ -114,7 +119,7 @@ class PoolState(str, Enum):
 
 @dataclass(frozen=True)
 class Limits:
-    """The machine's constants, in units of its clock (seconds)."""
+    """The machine's constants, in units of its clock (seconds). `cpu_quota`: the CPUs that the cgroup allows."""
 
     workers: int
     num_cached: int
@@ -127,6 +132,7 @@ class Limits:
     rest_after_s: float = math.inf
     other_method: bool = False
     own_lanes: bool = False
+    cpu_quota: float = math.inf
     hang: HangLimits = field(default_factory=HangLimits)
     policy: Policy = field(default_factory=Policy)
 
@@ -181,6 +187,8 @@ class Machine:
         self.blame = Blame(limits.policy, quarantined, ordered=limits.own_lanes)
         self._strength = Strength(limits.strength)
         self._patience = Patience(limits.hang)
+        self._crowd = Crowd(limits.cpu_quota)
+        self._uncrowded_at = math.inf  # if there are enough at work now: when one of them counts no longer
         self._lanes = [
             Lane(
                 number, limits.lanes, first_ticket + number,
@@ -249,7 +257,7 @@ class Machine:
         """When a `Tick` will change something, on the caller's clock."""
         if self.state is not PoolState.RUNNING:
             return min((w.condemned_at + KILL_S for w in self._workers if w.condemned_at is not None), default=None)
-        wakes = [self._strength.grow_at]
+        wakes = [self._strength.grow_at, self._uncrowded_at]
         usual_s, first_s = self._patience.allowed_s(first=False), self._patience.allowed_s(first=True)
         for worker in self._workers:
             if worker.condemned_at is not None:
@@ -269,6 +277,7 @@ class Machine:
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take in one event; events about earlier incarnations are ignored."""
         self._actions = []
+        self._uncrowded_at = math.inf
         self._discount_sleep(now)
         match event:
             case Budget(workers, reserve):
@@ -341,6 +350,8 @@ class Machine:
             self._strength.somebody_is_ready()
             if event.cases is not None:
                 self.blame.draws_from(event.cases)
+            if not self.limits.own_lanes:
+                self._crowd.has(event.cpus)
 
     def _on_finished(self, event: Finished, now: float) -> None:
         worker = self._current(event.worker, event.incarnation)
@@ -366,6 +377,8 @@ class Machine:
 
     def _on_batch(self, event: Finished, now: float, begun: float) -> None:
         self._patience.took(now - begun)
+        if event.effort is not None:
+            self._crowd.took(event.effort)
         self._open_reserve()
         self._workers[event.worker].deaths.clear()
         self._strength.batch_was_made()
@@ -540,16 +553,20 @@ class Machine:
         self._actions.append(Start(worker.index, worker.incarnation))
 
     def _call_back(self, now: float) -> None:
-        """Start those that rest, as many as there is work for that nobody else has room for."""
+        """Start those that rest, as many as there is work for that nobody else has room for, and CPUs."""
         if not self._crew.resting:
             return
         (lane,) = self._lanes
-        missing = math.ceil(lane.waiting / self._ahead(lane)) - self._on_their_way(lane)
+        on_their_way = self._on_their_way(lane)
+        missing = math.ceil(lane.waiting / self._ahead(lane)) - on_their_way
+        if missing > 0:
+            missing = min(missing, self._room_at_work(now) - on_their_way)
         for worker in self._crew.called_back(missing, self.allowed):
             self._start(worker, now)
         if self._crew.resting and not self._said_who_rests and not any(w.idle or w.asked for w in self._workers):
             self._said_who_rests = True
-            self._actions.append(Rest(self._crew.resting, len(self._workers)))
+            at_work = None if self._uncrowded_at == math.inf else int(self._crowd.enough)
+            self._actions.append(Rest(self._crew.resting, len(self._workers), at_work))
 
     def _send_to_rest(self, now: float) -> None:
         for worker in self._workers:
@@ -574,8 +591,25 @@ class Machine:
             self._give(worker, lane, lane.next_lost(), now)
 
     def _assign_new(self, lane: Lane, now: float) -> None:
-        while lane.has_new and (worker := self._least_loaded(lane)) is not None:
+        while lane.has_new:
+            worker = self._least_loaded(lane)
+            if worker is not None and not worker.assigned and self._room_at_work(now) <= 0:
+                worker = self._least_loaded(lane, at_work=True)
+            if worker is None:
+                return
             self._give(worker, lane, lane.next_new(), now)
+
+    def _room_at_work(self, now: float) -> int:
+        """How many more may begin until the CPUs are busy; if none, `_uncrowded_at` is when that will be looked at."""
+        enough = self._crowd.enough
+        if enough >= len(self._workers):
+            return len(self._workers)
+        waits_s = waits_after_s(self._patience.typical_s)
+        until = [w.began + waits_s for w in self._workers if w.assigned and w.condemned_at is None]
+        until = [end for end in until if end > now]
+        if len(until) >= enough:
+            self._uncrowded_at = min(until)
+        return int(enough) - len(until)
 
     def _on_their_way(self, lane: Lane) -> int:
         """How many workers start, and will take tickets."""
@@ -599,15 +633,19 @@ class Machine:
         """How many tickets a worker may hold."""
         return 1 if lane.ordered or self._patience.typical_s > QUICK_S else TICKETS_AHEAD
 
-    def _least_loaded(self, lane: Lane) -> Worker | None:
-        """Who gets the next ticket: of those with the fewest the first one, so that the last ones may rest."""
+    def _least_loaded(self, lane: Lane, *, at_work: bool = False) -> Worker | None:
+        """Who gets the next ticket: of those with the fewest the first one, so that the last ones may rest.
+
+        With `at_work` only one that has a ticket already.
+        """
         ahead = self._ahead(lane)
         least: Worker | None = None
         for worker in self._parts[lane.number]:
             if worker.has_room(ahead):
                 if not worker.assigned:
-                    return worker
-                if least is None or len(worker.assigned) < len(least.assigned):
+                    if not at_work:
+                        return worker
+                elif least is None or len(worker.assigned) < len(least.assigned):
                     least = worker
         return least
 
@@ -656,5 +694,6 @@ class Machine:
         if self._crew.resting:
             assert self.state is PoolState.RUNNING and not self.limits.own_lanes
             (lane,) = self._lanes
-            room = self._ahead(lane) * self._on_their_way(lane)
-            assert lane.waiting <= room or self._crew.running >= self.allowed, "nobody rests while work waits"
+            on_their_way = self._on_their_way(lane)
+            all_run = self._crew.running >= self.allowed or self._room_at_work(self._last) <= on_their_way
+            assert lane.waiting <= self._ahead(lane) * on_their_way or all_run, "nobody rests while work waits"

@@ -29,6 +29,7 @@ from safeloader.pool import events, machine, records, wire
 from safeloader.pool.book import Book
 from safeloader.pool.consumer import Consumer
 from safeloader.pool.crew import WorkerState
+from safeloader.pool.crowd import Effort
 from safeloader.pool.events import Cause, Why
 from safeloader.pool.failure import FailureRecord
 from safeloader.pool.launch import ForkRequest
@@ -493,15 +494,16 @@ class Pool:
             if received is None:
                 break
             match received[0]:
-                case wire.Ready(cases):
+                case wire.Ready(cases, cpus):
                     self._avoid(life, self.machine.blame.quarantined)
-                    said.append(events.Ready(life.worker, life.incarnation, cases))
-                case wire.Done(ticket, slot, cases, checksum, parts):
+                    said.append(events.Ready(life.worker, life.incarnation, cases, cpus))
+                case wire.Done(ticket, slot, cases, effort, checksum, parts):
                     if self._to_measure and life.pid is not None:
                         self._makers[ticket] = life.pid
                     if self._audit is not None and checksum is not None:
                         self._audit.made(ticket, cases, checksum, parts)
-                    said.append(events.Finished(life.worker, life.incarnation, ticket, slot, cases))
+                    known = None if effort is None else Effort(*effort)
+                    said.append(events.Finished(life.worker, life.incarnation, ticket, slot, cases, effort=known))
                 case wire.Failed(ticket, slot):
                     said.append(self._failed(life, ticket, slot))
                 case wire.StartFailed(reason, traceback):

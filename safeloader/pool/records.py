@@ -256,9 +256,10 @@ def resized(pool: str, resize: events.Resize, detail: str | None = None) -> Inci
 
 def resting(pool: str, rest: events.Rest, after_s: float) -> str:
     """Workers have left because there was nothing to do. No incident: a line for who wonders where they are."""
+    who = "they" if rest.at_work is None else f"{rest.at_work} at work keep the CPUs busy, and the others"
     return (
-        f"pool {pool!r}: {rest.resting} of {rest.workers} workers rest, since they had nothing to do for {after_s:g} s "
-        "(rest_after_s); they are started again when they are needed"
+        f"pool {pool!r}: {rest.resting} of {rest.workers} workers rest, since {who} had nothing to do for {after_s:g} "
+        "s (rest_after_s); they are started again when they are needed"
     )
 
 

@@ -24,10 +24,12 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Final
 
 from safeloader.config import Options, StartMethod
 from safeloader.errors import ConfigError, InternalError
+from safeloader.faults.cpus import cgroup_quota
 from safeloader.faults.incident import Incident
 from safeloader.pool import machine, relay
 from safeloader.pool.blame import Policy
@@ -254,6 +256,7 @@ def open_pool(
             logger.info(
                 "pool %r: workers are forked from this process, because of the loader: %s", options.name, reason
             )
+    quota = cgroup_quota(Path("/"))
     memory_watch = MemoryWatch(workers, options.recycle_growth_mib << 20)
     limits = machine.Limits(
         workers=workers,
@@ -266,6 +269,7 @@ def open_pool(
         grow_back_s=options.grow_back_s,
         rest_after_s=options.rest_after_s,
         own_lanes=numpy_seeds is not None,
+        cpu_quota=math.inf if quota is None else quota.cpus,
         other_method=packed is not None and options.start_method is StartMethod.AUTO,
         hang=HangLimits(
             options.hang_timeout_s,

@@ -2,7 +2,7 @@
 
 Every message is one packet on a private SOCK_SEQPACKET pair: it arrives whole or not at all, so a process that is
 killed in the middle of anything leaves no half message and no lock behind. Batches never pass through here (they
-lie in slots); a packet is a pickled frozen dataclass of well under `MAX_PACKET_NBYTES`.
+lie in slots); a packet is a frozen dataclass as `pack` pickles it, of well under `MAX_PACKET_NBYTES`.
 
     trainer ─ Load, Unload, Fork, Kill ────────────────────────────► nursery
     trainer ◄ NurseryReady, Loaded, LoadFailed, Forked, ForkFailed, Reaped ─ nursery
@@ -179,22 +179,29 @@ class Retire(Message):
 
 @dataclass(frozen=True)
 class Ready(Message):
-    """Worker → trainer: started, give me tickets. `cases`: how many the loader draws from, if that is known."""
+    """Worker → trainer: started, give me tickets.
+
+    `cases`: how many the loader draws from, if that is known. `cpus`: those on which the worker may run, as bits; 0 if
+    it can't measure what its work takes.
+    """
 
     cases: int | None
+    cpus: int
 
 
 @dataclass(frozen=True)
 class Done(Message):
     """Worker → trainer: the slot holds the ticket's batch. The slot is the trainer's from here on.
 
-    `cases` are those of the batch, where they are known. `checksum` is that of its content and `parts` those of its
-    parts (name, checksum), if an audit is asked for: see `ring.digest`, which keeps them few and short.
+    `cases` are those of the batch, where they are known, and `effort` what it took, as a `crowd.Effort` says it.
+    `checksum` is that of its content and `parts` those of its parts (name, checksum), if an audit is asked for: see
+    `ring.digest`, which keeps them few and short.
     """
 
     ticket: int
     slot: int
     cases: tuple[str, ...]
+    effort: tuple[float, float] | None = None
     checksum: str | None = None
     parts: tuple[tuple[str, str], ...] = ()
 
@@ -235,6 +242,20 @@ ROUTES: Final[dict[type[Message], tuple[str, str]]] = {
     StartFailed: ("worker", "trainer"),
 }
 """Who sends each message to whom."""
+_KINDS: Final = tuple(ROUTES)
+_NUMBERS: Final = {kind: number for number, kind in enumerate(_KINDS)}
+
+
+def pack(message: Message) -> bytes:
+    """By number and fields: to find its class by name would take longer than all the rest."""
+    return pickle.dumps((_NUMBERS[type(message)], *vars(message).values()), protocol=5)
+
+
+def unpack(packet: bytes) -> Message:
+    """The reverse."""
+    number, *fields = pickle.loads(packet)
+    message: Message = _KINDS[number](*fields)
+    return message
 
 
 class ChannelClosedError(ConnectionError):
@@ -267,7 +288,7 @@ class Channel:
             ChannelClosedError: the other end is gone.
         """
         name = type(message).__name__
-        packet = pickle.dumps(message, protocol=5)
+        packet = pack(message)
         killpoints.reach_message("sending", name)
         try:
             if fds:
@@ -308,8 +329,7 @@ class Channel:
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds.frombytes(content)
-        message = pickle.loads(packet)
-        assert isinstance(message, Message)
+        message = unpack(packet)
         if outcome & _CUT_SHORT:  # the kernel leaves out descriptors that this process may not have
             for fd in fds:
                 os.close(fd)

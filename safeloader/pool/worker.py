@@ -27,6 +27,7 @@ from safeloader.pool.failure import FailureRecord, describe, format_remote, pick
 from safeloader.pool.owned import OwnedGenerators
 from safeloader.pool.seeding import seed_everything
 from safeloader.pool.shuffled import ShuffledLists
+from safeloader.pool.stopwatch import Stopwatch, cpus_of_this_process
 from safeloader.pool.work import EpochEnd, Work
 from safeloader.ring import codec
 from safeloader.ring.bookmark import Bookmark
@@ -86,6 +87,7 @@ class _Worker:
         self._stage = Stage.STARTING
         self._ticket: int | None = None
         self._in_hand: tuple[str, ...] = ()
+        self._stopwatch = Stopwatch()
         self._cases = Cases(self._touch)
         self._owned = OwnedGenerators()
         self._shuffled = ShuffledLists()
@@ -94,7 +96,8 @@ class _Worker:
             self._course = Course(order, work, self._cases, bookmark, lambda: self._touch(Stage.LOADING))
 
     def run(self) -> NoReturn:
-        self._channel.send(wire.Ready(self._start()))
+        draws_from = self._start()
+        self._channel.send(wire.Ready(draws_from, cpus_of_this_process() if self._stopwatch.works else 0))
         while True:
             self._ticket = None
             self._touch(Stage.IDLE)
@@ -148,6 +151,7 @@ class _Worker:
     def _produce(self, ticket: int, slot: int, attempt: int) -> None:
         batch: Any = None
         self._ticket = ticket
+        self._stopwatch.start()
         try:
             if self._course is not None:
                 self._touch(Stage.LOADING)
@@ -178,10 +182,12 @@ class _Worker:
 
     def _done(self, batch: Any, ticket: int, slot: int) -> wire.Done:
         """The batch is encoded: so what can't be pickled was found and said before it gets a checksum."""
-        if not self._order.audit:
-            return wire.Done(ticket, slot, self._cases.batch)
-        known = digest(batch)
-        return wire.Done(ticket, slot, self._cases.batch, known.checksum, known.parts)
+        known = digest(batch) if self._order.audit else None
+        took = self._stopwatch.stop()
+        effort = None if took is None else (took.cpu_s, took.alone_s)
+        if known is None:
+            return wire.Done(ticket, slot, self._cases.batch, effort)
+        return wire.Done(ticket, slot, self._cases.batch, effort, known.checksum, known.parts)
 
     def _make(self, attempt: int) -> Any:
         batch = self._load(attempt)

@@ -23,6 +23,7 @@ from safeloader.config import OnBadCase
 from safeloader.pool import events
 from safeloader.pool.blame import Policy
 from safeloader.pool.crew import WorkerState
+from safeloader.pool.crowd import Effort
 from safeloader.pool.events import Cause, Why
 from safeloader.pool.machine import KILL_S, Limits, Machine, PoolState
 from safeloader.pool.patience import HangLimits
@@ -76,6 +77,8 @@ class World(RuleBasedStateMachine):
         own_lanes=st.sampled_from([False, False, True]),
         grow_back_s=st.sampled_from([5.0, 600.0]),
         rest_after_s=st.sampled_from([0.4, 3.0, 20.0, math.inf]),
+        cpus=st.sampled_from([0, 0b1, 0b100, 0b11]),
+        computes=st.booleans(),
         hang=st.sampled_from(
             [
                 HangLimits(),
@@ -105,6 +108,8 @@ class World(RuleBasedStateMachine):
         own_lanes: bool,
         grow_back_s: float,
         rest_after_s: float,
+        cpus: int,
+        computes: bool,
         hang: HangLimits,
         policy: Policy,
         cases: int | None,
@@ -127,7 +132,9 @@ class World(RuleBasedStateMachine):
             policy=policy,
         )
         self.machine = Machine(self.limits, quarantined=quarantined)
-        self.cases = cases
+        self.cases, self.cpus = cases, cpus
+        self.effort = Effort(0.5, 0.5) if computes else Effort(0.01, 0.5)
+        self.has_worked = False
         self.now = self.asked = self.awake = 1000.0
         self.alive: dict[int, _FakeWorker] = {}
         self.resting: set[int] = set()
@@ -266,6 +273,8 @@ class World(RuleBasedStateMachine):
         assert action.attempt >= self.attempts[ticket], "a draw that was given up stays so"
         self.attempts[ticket] = action.attempt
         if not fake.queue:
+            if ticket > self.newest:
+                assert self.surely_at_work < self.enough, "it would only wait for a CPU"
             fake.progress, fake.began = self.awake, self.now
         fake.queue.append((ticket, slot))
         self.filling[slot] = (action.worker, ticket)
@@ -275,6 +284,16 @@ class World(RuleBasedStateMachine):
             assert self.wide, "nothing was ever held up"
             assert not self.failed, "what fails is found out first"
         self.newest = max(self.newest, ticket)
+
+    @property
+    def enough(self) -> float:
+        """How many at work keep the CPUs busy."""
+        known = self.cpus and not self.limits.own_lanes
+        return self.cpus.bit_count() + 1 if known and not (self.has_worked and self.effort.cpu_s < 0.1) else math.inf
+
+    @property
+    def surely_at_work(self) -> int:
+        return sum(bool(f.queue) and f.condemned is None and self.now - f.began < 5.0 for f in self.alive.values())
 
     @property
     def in_use(self) -> set[int]:
@@ -352,8 +371,9 @@ class World(RuleBasedStateMachine):
                 assert why is not Why.QUIET or workers == before + 1 <= self.most
                 assert why not in (Why.DEATHS, Why.STARTS) or workers < before
                 self.allowed = workers
-            case events.Rest(resting, workers):
+            case events.Rest(resting, workers, at_work):
                 assert (resting, workers) == (len(self.resting), self.limits.workers) and resting > 0
+                assert at_work is None or at_work == self.enough
                 assert not self.said_who_rests, "it is said once"
                 self.said_who_rests = True
             case events.SwitchMethod():
@@ -395,7 +415,7 @@ class World(RuleBasedStateMachine):
         fake = self.alive[worker]
         fake.ready = True
         self.goes_on(fake)
-        self.feed(events.Ready(worker, fake.incarnation, self.cases))
+        self.feed(events.Ready(worker, fake.incarnation, self.cases, self.cpus))
 
     @rule(data=st.data(), cases=st.sets(st.sampled_from(CASES), max_size=2))
     def a_worker_finishes(self, data: st.DataObject, cases: set[str]) -> None:
@@ -413,10 +433,11 @@ class World(RuleBasedStateMachine):
             self.filling.pop(slot)
         else:
             self.successes += 1
+            self.has_worked = True
             self.deaths = 0
             for case in cases:
                 del self.wrongs[case]
-        self.feed(events.Finished(worker, fake.incarnation, ticket, slot, cases))
+        self.feed(events.Finished(worker, fake.incarnation, ticket, slot, cases, effort=self.effort))
         assert self.ended or ticket in self.delivered
 
     @rule(rounds=st.integers(1, 6), cases=st.sets(st.sampled_from(CASES[3:]), max_size=2))
@@ -651,7 +672,8 @@ class World(RuleBasedStateMachine):
         later = sum(at > self.now for at in self.not_before.values())
         waiting = max(0, self.limits.slots - len(self.in_use) - later)
         starting = any(not fake.ready and fake.condemned is None for fake in self.alive.values())
-        assert waiting == 0 or starting, f"{waiting} tickets could be made, and {self.resting} rest"
+        busy = sum(bool(fake.queue) and fake.condemned is None for fake in self.alive.values()) >= self.enough
+        assert waiting == 0 or starting or busy, f"{waiting} tickets could be made, and {self.resting} rest"
 
     def it_wakes_in_time(self) -> None:
         """The machine knows when it is needed again, as far as this world can tell."""
