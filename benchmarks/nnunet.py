@@ -16,6 +16,7 @@ made once more, by nnU-Net's plain loader in a fresh process of its own, and are
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import sys
@@ -34,7 +35,7 @@ from benchmarks import brain
 from benchmarks.common import Benchmark, Size, Table, median, times
 from benchmarks.peers import PEERS, Running, chosen, installed
 from benchmarks.plots import bars, by_contestant
-from benchmarks.processes import Used, below, used_by_all
+from benchmarks.processes import Used, used_below, used_by
 from safeloader.faults.cpus import available_cpus
 from safeloader.pool.blur import always_convolve_directly
 from safeloader.pool.owned import OwnedGenerators
@@ -88,13 +89,14 @@ def made_alone(data: str, configuration: str, seed: int, tickets: int) -> list[s
         return fresh.submit(_made_alone, data, configuration, seed, tickets).result()
 
 
-def _timed(running: Running, seconds: float, who: list[int]) -> tuple[int, float, Used]:
-    """From one delivery to another, at least `seconds` later: batches, seconds, and what the processes used."""
-    before, started, batches = used_by_all(who), time.monotonic(), 0
+def _timed(running: Running, seconds: float, *, alone: bool) -> tuple[int, float, Used]:
+    """From one delivery to another, at least `seconds` later: batches, seconds, and what who makes them has used."""
+    used = functools.partial(used_by, os.getpid()) if alone else used_below
+    before, started, batches = used(), time.monotonic(), 0
     while time.monotonic() < started + seconds:
         next(running)
         batches += 1
-    return batches, time.monotonic() - started, used_by_all(who).since(before)
+    return batches, time.monotonic() - started, used().since(before)
 
 
 class NnUNet(Benchmark[Row]):
@@ -153,7 +155,7 @@ class NnUNet(Benchmark[Row]):
         delivered = [checksum(next(running)) for _ in range(compared)]
         for _ in range(max(1, case["warmup"] * max(1, workers) - compared)):
             next(running)
-        batches, seconds, used = _timed(running, case["seconds"], [os.getpid()] if alone else below())
+        batches, seconds, used = _timed(running, case["seconds"], alone=alone)
         running.close()
         expected = made_alone(data, configuration, number, compared) if ours else []
         return [

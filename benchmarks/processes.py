@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import psutil
 
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
-_MINOR_FAULTS, _USER, _SYSTEM = 7, 11, 12
-"""Places in /proc/PID/stat behind the name, which may hold blanks; see proc(5)."""
+_FAULTS, _TIMES = (7, 8), (11, 12, 13, 14)
+"""Places in /proc/PID/stat behind the name, which may hold blanks: its own minor faults, and those of children that it
+has reaped; user and system time of its own, and theirs. See proc(5)."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Used:
 
 
 def used_by(pid: int) -> Used:
-    """Of all threads of one process.
+    """Of all threads of one process, and of the children that it has reaped.
 
     Raises:
         ProcessLookupError: it is not there.
@@ -35,8 +37,8 @@ def used_by(pid: int) -> Used:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:
         raise ProcessLookupError(pid) from None
-    ticks = int(fields[_USER]) + int(fields[_SYSTEM])
-    return Used(ticks / _TICKS_PER_S, int(fields[_MINOR_FAULTS]))
+    ticks, faults = (sum(int(fields[place]) for place in places) for places in (_TIMES, _FAULTS))
+    return Used(ticks / _TICKS_PER_S, faults)
 
 
 def below() -> list[int]:
@@ -44,7 +46,10 @@ def below() -> list[int]:
     return [child.pid for child in psutil.Process().children(recursive=True)]
 
 
-def used_by_all(pids: list[int]) -> Used:
-    """The sum over processes, each of which must still be there."""
-    each = [used_by(pid) for pid in pids]
+def used_below() -> Used:
+    """Of all processes that descend from this one, also of workers that have left: their nursery has reaped them."""
+    each = []
+    for pid in reversed(below()):  # a worker before its nursery
+        with contextlib.suppress(ProcessLookupError):
+            each.append(used_by(pid))
     return Used(sum(used.cpu_s for used in each), sum(used.page_faults for used in each))
