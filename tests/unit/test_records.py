@@ -89,8 +89,8 @@ def test_an_oom_kill_needs_evidence() -> None:
 
 def test_who_rests_because_the_cpus_are_busy() -> None:
     assert records.resting("train", events.Rest(9, 12, at_work=3), 20.0) == (
-        "pool 'train': 9 of 12 workers rest, since 3 at work keep the CPUs busy, and the others had nothing to do for 20 "
-        "s (rest_after_s); they are started again when they are needed"
+        "pool 'train': 9 of 12 workers rest, since 3 at work keep the CPUs busy, and the others had nothing to do for "
+        "20 s (rest_after_s); they are started again when they are needed"
     )
 
 
