@@ -188,7 +188,6 @@ class Machine:
         self._strength = Strength(limits.strength)
         self._patience = Patience(limits.hang)
         self._crowd = Crowd(limits.cpu_quota)
-        self._uncrowded_at = math.inf  # if there are enough at work now: when one of them counts no longer
         self._lanes = [
             Lane(
                 number, limits.lanes, first_ticket + number,
@@ -257,7 +256,7 @@ class Machine:
         """When a `Tick` will change something, on the caller's clock."""
         if self.state is not PoolState.RUNNING:
             return min((w.condemned_at + KILL_S for w in self._workers if w.condemned_at is not None), default=None)
-        wakes = [self._strength.grow_at, self._uncrowded_at]
+        wakes = [self._strength.grow_at]
         usual_s, first_s = self._patience.allowed_s(first=False), self._patience.allowed_s(first=True)
         for worker in self._workers:
             if worker.condemned_at is not None:
@@ -277,7 +276,6 @@ class Machine:
     def handle(self, event: Event, now: float) -> list[Action]:
         """Take in one event; events about earlier incarnations are ignored."""
         self._actions = []
-        self._uncrowded_at = math.inf
         self._discount_sleep(now)
         match event:
             case Budget(workers, reserve):
@@ -565,7 +563,7 @@ class Machine:
             self._start(worker, now)
         if self._crew.resting and not self._said_who_rests and not any(w.idle or w.asked for w in self._workers):
             self._said_who_rests = True
-            at_work = None if self._uncrowded_at == math.inf else int(self._crowd.enough)
+            at_work = int(self._crowd.enough) if self._room_at_work(now) <= 0 else None
             self._actions.append(Rest(self._crew.resting, len(self._workers), at_work))
 
     def _send_to_rest(self, now: float) -> None:
@@ -600,16 +598,13 @@ class Machine:
             self._give(worker, lane, lane.next_new(), now)
 
     def _room_at_work(self, now: float) -> int:
-        """How many more may begin until the CPUs are busy; if none, `_uncrowded_at` is when that will be looked at."""
+        """How many more may begin until the CPUs are busy. Who waits for something is noticed with a heartbeat."""
         enough = self._crowd.enough
         if enough >= len(self._workers):
             return len(self._workers)
-        waits_s = waits_after_s(self._patience.typical_s)
-        until = [w.began + waits_s for w in self._workers if w.assigned and w.condemned_at is None]
-        until = [end for end in until if end > now]
-        if len(until) >= enough:
-            self._uncrowded_at = min(until)
-        return int(enough) - len(until)
+        since = now - waits_after_s(self._patience.typical_s)
+        at_work = sum(bool(w.assigned) and w.condemned_at is None and w.began > since for w in self._workers)
+        return int(enough) - at_work
 
     def _on_their_way(self, lane: Lane) -> int:
         """How many workers start, and will take tickets."""

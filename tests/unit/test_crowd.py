@@ -138,7 +138,7 @@ def test_all_begin_once_it_is_known_that_they_wait() -> None:
 def test_one_that_is_stuck_makes_room_for_another() -> None:
     """It waits for storage, or hangs: either way it keeps no CPU busy."""
     machine, _ = ready(12)
-    assert machine.next_wake() == 5.0
+    assert machine.next_wake() == 5.0, "a heartbeat"
     machine.handle(events.Tick(), 4.9)
     assert at_work(machine) == [0, 1, 2]
     machine.handle(events.Tick(), 5.0)
