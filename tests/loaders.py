@@ -57,6 +57,13 @@ class Shuffled(DataLoader):  # type: ignore[misc]  # upstream has no types
         return {"cases": [str(case) for case in cases], "noise": np.random.rand(3).tolist(), "asked": self.asked}
 
 
+def compute(cpu_s: float) -> None:
+    """Take so much CPU time, however long that takes."""
+    until = time.process_time() + cpu_s
+    while time.process_time() < until:
+        pass
+
+
 def fingerprint(batch: dict[str, Any]) -> tuple[bytes, bytes, float, tuple[str, ...]]:
     """Everything in a `RandomLoader`'s batch, bit for bit."""
     return batch["data"].numpy().tobytes(), batch["seg"].tobytes(), batch["draw"], tuple(batch["keys"])

@@ -10,7 +10,7 @@ import pytest
 
 from safeloader import SafeAugmenter
 from safeloader.pool.stopwatch import Stopwatch
-from tests.loaders import RandomLoader, fingerprint
+from tests.loaders import RandomLoader, compute, fingerprint
 
 pytestmark = [
     pytest.mark.usefixtures("warm_nursery"),
@@ -29,9 +29,7 @@ class OnOneCpu(RandomLoader):
 
 class Computes(OnOneCpu):
     def __next__(self) -> dict[str, Any]:
-        until = time.process_time() + 0.03
-        while time.process_time() < until:
-            pass
+        compute(0.03)
         return super().__next__()
 
 
