@@ -227,22 +227,27 @@ def _reduce_tensor(tensor: torch.Tensor) -> tuple[Callable[..., Any], tuple[Any,
     # Not reshape(-1): of a single element it keeps whatever stride that had.
     flat = dense.as_strided((dense.numel(),), (1,))
     raw = pickle.PickleBuffer(flat.view(torch.uint8).numpy().data) if dense.numel() else None
-    return _rebuild_tensor, (raw, tensor.dtype, tuple(dense.shape), tuple(order))
+    as_it_lies_there = (raw, tensor.dtype, tuple(dense.shape))
+    if order == sorted(order):
+        return _rebuild_tensor, as_it_lies_there
+    return _rebuild_permuted, (*as_it_lies_there, tuple(order))
 
 
-def _rebuild_tensor(
+def _rebuild_tensor(raw: memoryview | None, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """The reverse for a usual tensor, which lies in the buffer in the order of its dimensions."""
+    if raw is None:
+        return torch.empty(shape, dtype=dtype)
+    in_numpy = _IN_NUMPY.get(dtype)
+    if in_numpy is None:
+        return torch.frombuffer(raw, dtype=dtype).view(shape)
+    return torch.from_numpy(np.ndarray(shape, in_numpy, raw))
+
+
+def _rebuild_permuted(
     raw: memoryview | None, dtype: torch.dtype, shape: tuple[int, ...], order: tuple[int, ...]
 ) -> torch.Tensor:
-    """The reverse: `shape` and the buffer are in the order of descending strides, `order` says which."""
-    if raw is None:
-        dense = torch.empty(shape, dtype=dtype)
-    elif dtype in _IN_NUMPY:
-        dense = torch.from_numpy(np.ndarray(shape, _IN_NUMPY[dtype], raw))
-    else:
-        dense = torch.frombuffer(raw, dtype=dtype).view(shape)
-    if order == tuple(range(len(order))):  # as usual: it lies there as it is
-        return dense
-    return dense.permute(sorted(range(len(order)), key=order.__getitem__))
+    """The reverse for others: `shape` and the buffer are in the order of descending strides, `order` says which."""
+    return _rebuild_tensor(raw, dtype, shape).permute(sorted(range(len(order)), key=order.__getitem__))
 
 
 def _reduce_array(array: np.ndarray[Any, Any]) -> Any:
