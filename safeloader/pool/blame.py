@@ -240,9 +240,11 @@ class Blame:
 
     def _settle(self, ticket: int, cases: Collection[str]) -> bool:
         """Strike out what went wrong with these; returns whether some of it could not be read."""
-        fine: set[str | int] = {ticket, *cases}
         self._fine.update(cases)
         draw = (ticket, self._attempts.pop(ticket, 0))
+        if not self._troubles:
+            return False
+        fine: set[str | int] = {ticket, *cases}
         solved = {s: t for s, t in self._troubles.items() if s in fine or (t.ticket, t.attempt) == draw}
         for subject in solved:
             del self._troubles[subject]

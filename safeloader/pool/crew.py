@@ -62,14 +62,10 @@ class Worker:
         """Whether it waits for something to do."""
         return self.state is WorkerState.READY and not self.assigned and not self.asked and self.condemned_at is None
 
-    def has_room(self, ahead: int) -> bool:
-        """Whether it takes a ticket, if it may hold `ahead` of them."""
-        return (
-            len(self.assigned) < ahead
-            and self.state is WorkerState.READY
-            and self.leaves is None
-            and self.condemned_at is None
-        )
+    @property
+    def takes_tickets(self) -> bool:
+        """Whether it takes another one, if it has room for it."""
+        return self.state is WorkerState.READY and self.leaves is None and self.condemned_at is None
 
     def begins(self, now: float) -> None:
         """It begins with something."""
@@ -116,8 +112,9 @@ class Crew:
 
     def up_next(self, allowed: int) -> list[Worker]:
         """Who is started when its time comes: as many as are missing. Those that rest are not missing."""
-        missing = allowed - self.running - self.resting
-        return self._first(WorkerState.DOWN, missing) if self.down and missing > 0 else []
+        if not self.down:
+            return []
+        return self._first(WorkerState.DOWN, allowed - self.running - self.resting)
 
     def called_back(self, workers: int, allowed: int) -> list[Worker]:
         """Who rests no longer, if so many are needed."""

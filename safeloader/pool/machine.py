@@ -273,26 +273,26 @@ class Machine:
 
     # ---- the one entrance ----
 
-    def handle(self, event: Event, now: float) -> list[Action]:
-        """Take in one event; events about earlier incarnations are ignored."""
+    def handle(self, event: Event, now: float, news: Iterable[Taken | Released] = ()) -> list[Action]:
+        """Take in one event, and news of the consumer from before it; what is to be done follows from both together.
+
+        Events about earlier incarnations are ignored.
+        """
         self._actions = []
         self._discount_sleep(now)
+        for told in news:
+            self._on_consumer(told)
         match event:
-            case Budget(workers, reserve):
-                self._note(self._strength.budget(workers))
-                self._reserve = min(reserve, self.limits.reserve)
-                self._open_reserve()
-                self._may_rest = self._may_rest_once_measured
-            case Taken(ticket):
-                self._lane_of(ticket).slots.taken(ticket)
-            case Released(slot):
-                self._slots(slot).released(slot)
+            case Finished() | Ready() | Exited() | Seen() | Grown():
+                self._on_worker(event, now)
+            case Taken() | Released():
+                self._on_consumer(event)
             case Tick():
                 self._watch(now)
+            case Budget():
+                self._on_budget(event)
             case Close(failed):
                 self._on_close(PoolState.FAILED if failed else PoolState.CLOSED)
-            case _:
-                self._on_worker(event, now)
         if self.state is PoolState.RUNNING:
             self._note(self._strength.grow(now))
             self._start_workers(now)
@@ -300,7 +300,7 @@ class Machine:
                 self._assign_lost(lane, now)
                 self._assign_new(lane, now)
             self._call_back(now)
-            if isinstance(event, Tick) and self._may_rest:
+            if self._may_rest and isinstance(event, Tick):
                 self._send_to_rest(now)
         else:
             self._trim()
@@ -319,12 +319,25 @@ class Machine:
 
     # ---- events ----
 
+    def _on_consumer(self, told: Taken | Released) -> None:
+        match told:
+            case Released(slot):
+                self._slots(slot).released(slot)
+            case Taken(ticket):
+                self._lane_of(ticket).slots.taken(ticket)
+
+    def _on_budget(self, budget: Budget) -> None:
+        self._note(self._strength.budget(budget.workers))
+        self._reserve = min(budget.reserve, self.limits.reserve)
+        self._open_reserve()
+        self._may_rest = self._may_rest_once_measured
+
     def _on_worker(self, event: Ready | Finished | Exited | Seen | Grown, now: float) -> None:
         match event:
-            case Ready():
-                self._on_ready(event, now)
             case Finished():
                 self._on_finished(event, now)
+            case Ready():
+                self._on_ready(event, now)
             case Exited():
                 self._on_exited(event, now)
             case Seen():
@@ -633,15 +646,11 @@ class Machine:
 
         With `at_work` only one that has a ticket already.
         """
-        ahead = self._ahead(lane)
-        least: Worker | None = None
+        least, fewest = None, self._ahead(lane)
         for worker in self._parts[lane.number]:
-            if worker.has_room(ahead):
-                if not worker.assigned:
-                    if not at_work:
-                        return worker
-                elif least is None or len(worker.assigned) < len(least.assigned):
-                    least = worker
+            held = len(worker.assigned)
+            if held < fewest and (held or not at_work) and worker.takes_tickets:
+                least, fewest = worker, held
         return least
 
     def _trim(self) -> None:

@@ -262,8 +262,8 @@ class Nurseries:
     def _on_nursery(self, key: _Key) -> None:
         nursery = self._running[key]
         try:
-            while (received := nursery.channel.receive(wait=False)) is not None:
-                self._hear(nursery, received[0])
+            while (message := nursery.channel.hear()) is not None:
+                self._hear(nursery, message)
         except wire.ChannelClosedError:
             self._lost(key)
 

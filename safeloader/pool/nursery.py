@@ -97,9 +97,7 @@ class _Nursery:
         while True:
             for fd, _ in poll.poll(self._timeout_ms()):
                 if fd == self._channel.fileno():
-                    received = self._channel.receive()
-                    assert received is not None, "a waiting receive returns a message or raises"
-                    self._obey(*received)
+                    self._obey(*self._channel.receive())
                 else:
                     self._child_ended.recv(4096)
             self._reap()

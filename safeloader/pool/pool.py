@@ -161,9 +161,10 @@ class Pool:
     def step(self, *happened: events.Event) -> None:
         """Feed the machine and do what it says; what that causes at once is fed as well."""
         with self.lock:
-            queue = deque([*self.consumer.news(), *happened])
+            queue = deque(happened)
             while queue:
-                for action in self.machine.handle(queue.popleft(), time.monotonic()):
+                event, news = queue.popleft(), list(self.consumer.news())
+                for action in self.machine.handle(event, time.monotonic(), news):
                     try:
                         queue.extend(self._carry_out(action))
                     except OSError as error:
@@ -185,10 +186,8 @@ class Pool:
         grown = self._memory.grown(self.lives.values())
         if grown is not None:
             self.step(events.Grown(grown.worker, grown.incarnation))
-        if self.due is not None and self.due <= time.monotonic():
+        if self.consumer.ended or (self.due is not None and self.due <= time.monotonic()):
             self.step(events.Tick())
-        elif self.consumer.ended:
-            self.step()
 
     def on_forked(self, message: wire.Forked) -> None:
         """The nursery has made a worker."""
@@ -202,10 +201,10 @@ class Pool:
         with self.lock:
             if life.buried:  # by what the same turn has heard before
                 return
-            said = self._drain(life, at_most=1)  # what follows keeps the socket readable
+            message = self._hear(life)  # what follows keeps the socket readable
             if life.silent:
                 self._the_host.unwatch(life)
-            self.step(*said)
+            self.step(*([] if message is None else self._understood(life, message)))
 
     def on_gone(
         self,
@@ -226,7 +225,9 @@ class Pool:
             life = self._life(worker, incarnation)
             if life is None:
                 return
-            said = self._drain(life)
+            said: list[events.Event] = []
+            while (message := self._hear(life)) is not None:
+                said += self._understood(life, message)
             life.exit, life.words = how, words or life.words
             self.step(*said, self._exited(life, proven=proven, counts=counts, cause=cause))
 
@@ -329,20 +330,20 @@ class Pool:
     def _carry_out(self, action: events.Action) -> list[events.Event]:
         """Do one thing; returns events that follow at once."""
         match action:
-            case events.Start(worker, incarnation):
-                self._start(worker, incarnation)
-            case events.Stop() | events.Inspect() | events.Condemn() | events.Abandon() | events.Retire():
-                return self._deal_with(action)
             case events.Produce(worker, ticket, slot, attempt):
                 self._produce(self.lives[worker], ticket, slot, attempt)
-            case events.CreateSlot(slot):
-                self._slots[slot] = MemoryFile.create(f"safeloader-slot-{slot}")
-            case events.DiscardSlot(slot) if slot in self._slots:
-                self._slots.pop(slot).close()
             case events.Deliver(ticket, slot, failed):
                 self.consumer.put(ticket, slot, self._slots[slot], failed=failed)
                 if not failed:
                     self._on_batch(ticket)
+            case events.CreateSlot(slot):
+                self._slots[slot] = MemoryFile.create(f"safeloader-slot-{slot}")
+            case events.DiscardSlot(slot) if slot in self._slots:
+                self._slots.pop(slot).close()
+            case events.Start(worker, incarnation):
+                self._start(worker, incarnation)
+            case events.Stop() | events.Inspect() | events.Condemn() | events.Abandon() | events.Retire():
+                return self._deal_with(action)
             case _:
                 self._record(action)
         return []
@@ -481,34 +482,33 @@ class Pool:
             for at in range(0, len(names), _AVOID_AT_ONCE):
                 life.channel.send(wire.Avoid(tuple(names[at : at + _AVOID_AT_ONCE])))
 
-    def _drain(self, life: Life, at_most: float = math.inf) -> list[events.Event]:
-        """What the worker has said since, so many messages of it."""
-        said: list[events.Event] = []
-        while not life.silent and at_most > 0:
-            at_most -= 1
-            try:
-                received = life.channel.receive(wait=False)
-            except wire.ChannelClosedError:
-                life.silent = True
-                break
-            if received is None:
-                break
-            match received[0]:
-                case wire.Ready(cases, cpus):
-                    self._avoid(life, self.machine.blame.quarantined)
-                    said.append(events.Ready(life.worker, life.incarnation, cases, cpus))
-                case wire.Done(ticket, slot, cases, effort, checksum, parts):
-                    if self._to_measure and life.pid is not None:
-                        self._makers[ticket] = life.pid
-                    if self._audit is not None and checksum is not None:
-                        self._audit.made(ticket, cases, checksum, parts)
-                    known = None if effort is None else Effort(*effort)
-                    said.append(events.Finished(life.worker, life.incarnation, ticket, slot, cases, effort=known))
-                case wire.Failed(ticket, slot):
-                    said.append(self._failed(life, ticket, slot))
-                case wire.StartFailed(reason, traceback):
-                    self._on_start_failed(life, reason, traceback)
-        return said
+    def _hear(self, life: Life) -> wire.Message | None:
+        """The next thing that the worker has said since, or None."""
+        try:
+            return None if life.silent else life.channel.hear()
+        except wire.ChannelClosedError:
+            life.silent = True
+            return None
+
+    def _understood(self, life: Life, message: wire.Message) -> list[events.Event]:
+        match message:
+            case wire.Done(ticket, slot, cases, effort, checksum, parts):
+                if self._to_measure and life.pid is not None:
+                    self._makers[ticket] = life.pid
+                if self._audit is not None and checksum is not None:
+                    self._audit.made(ticket, cases, checksum, parts)
+                known = None if effort is None else Effort(*effort)
+                return [events.Finished(life.worker, life.incarnation, ticket, slot, cases, effort=known)]
+            case wire.Failed(ticket, slot):
+                return [self._failed(life, ticket, slot)]
+            case wire.Ready(cases, cpus):
+                self._avoid(life, self.machine.blame.quarantined)
+                return [events.Ready(life.worker, life.incarnation, cases, cpus)]
+            case wire.StartFailed(reason, traceback):
+                self._on_start_failed(life, reason, traceback)
+                return []
+            case _:
+                raise AssertionError(f"not from a worker: {message}")
 
     def _on_start_failed(self, life: Life, reason: str, traceback: str) -> None:
         """The loader raised at the start; the second time before any batch, it always will."""

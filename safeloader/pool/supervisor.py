@@ -155,10 +155,11 @@ class Supervisor:
             key.data()
         for call in self.mailbox.drain():
             call()
-        for pool in list(self._pools.values()):
+        pools = list(self._pools.values())
+        for pool in pools:
             pool.tick()
         self._nurseries.pump()
-        for pool in list(self._pools.values()):
+        for pool in pools:
             self._listen(pool.consumer.freed, wanted=pool.consumer.wants_slots)
             pool.consumer.announce()
             if pool.machine.stopped and not pool.lives:

@@ -31,9 +31,7 @@ MAX_TEXT_CHARS: Final = 16 * 1024
 _FDS_NBYTES: Final = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 """Room for the descriptors of one packet; none has more than four."""
 
-_WAITING: Final = int(socket.MSG_CMSG_CLOEXEC)
-_CUT_SHORT: Final = int(socket.MSG_CTRUNC)
-_NOT_WAITING: Final = int(socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT)
+_NOT_WAITING: Final = int(socket.MSG_DONTWAIT)
 
 
 class Message:
@@ -305,38 +303,48 @@ class Channel:
         poll.register(self._sock, select.POLLIN)
         return bool(poll.poll(timeout_s * 1000))
 
-    def receive(self, *, wait: bool = True) -> tuple[Message, list[int]] | None:
-        """The next message and the descriptors that came with it.
-
-        Returns:
-            None if there is none yet (only with `wait=False`).
+    def receive(self) -> tuple[Message, list[int]]:
+        """The next message and the descriptors that came with it; waits for it.
 
         Raises:
             ChannelClosedError: the other end is gone and everything it sent has been received.
             OSError: this process has no room for a descriptor that came with the message.
         """
-        flags = _WAITING if wait else _NOT_WAITING
         try:
             # Not socket.recv_fds: it ignores its flags.
-            packet, ancillary, outcome, _ = self._sock.recvmsg(MAX_PACKET_NBYTES, _FDS_NBYTES, flags)
-        except BlockingIOError:
-            return None
+            packet, ancillary, outcome, _ = self._sock.recvmsg(
+                MAX_PACKET_NBYTES, _FDS_NBYTES, int(socket.MSG_CMSG_CLOEXEC)
+            )
         except ConnectionResetError as error:
             raise ChannelClosedError from error
-        if not packet:
-            raise ChannelClosedError
         fds = array.array("i")
         for level, kind, content in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 fds.frombytes(content)
-        message = unpack(packet)
-        if outcome & _CUT_SHORT:  # the kernel leaves out descriptors that this process may not have
+        message = _opened(packet)
+        if outcome & socket.MSG_CTRUNC:  # the kernel leaves out descriptors that this process may not have
             for fd in fds:
                 os.close(fd)
             lost = f"a descriptor that came with {type(message).__name__} could not be received"
             raise OSError(errno.EMFILE, f"{os.strerror(errno.EMFILE)}: {lost}; raise `ulimit -n`")
         killpoints.reach_message("received", type(message).__name__)
         return message, list(fds)
+
+    def hear(self) -> Message | None:
+        """The next message, or None if there is none yet. For the trainer, which is sent no descriptors.
+
+        Raises:
+            ChannelClosedError: as of `receive`.
+        """
+        try:
+            packet = self._sock.recv(MAX_PACKET_NBYTES, _NOT_WAITING)
+        except BlockingIOError:
+            return None
+        except ConnectionResetError as error:
+            raise ChannelClosedError from error
+        message = _opened(packet)
+        killpoints.reach_message("received", type(message).__name__)
+        return message
 
     def close(self) -> None:
         """Close this end; the other one sees the end of the stream."""
@@ -351,3 +359,9 @@ class Channel:
 def clip(text: str, limit: int = MAX_TEXT_CHARS) -> str:
     """Shorten a text for a packet, keeping its end, where tracebacks say what happened."""
     return text if len(text) <= limit else f"[{len(text) - limit} characters left out]\n{text[-limit:]}"
+
+
+def _opened(packet: bytes) -> Message:
+    if not packet:  # the stream's end: no message is empty
+        raise ChannelClosedError
+    return unpack(packet)

@@ -103,9 +103,7 @@ class _Worker:
             self._touch(Stage.IDLE)
             if not self._channel.wait(_BUSY_S):
                 process.give_back_freed_memory()
-            received = self._channel.receive()
-            assert received is not None, "a waiting receive returns a message or raises"
-            message, fds = received
+            message, fds = self._channel.receive()
             match message:
                 case wire.Produce(ticket, slot, attempt):
                     if fds:

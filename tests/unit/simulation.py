@@ -103,6 +103,7 @@ class Simulation:
         self._training_until = 0.0
         self._order = itertools.count()
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
+        self._news: list[events.Taken | events.Released] = []
         self._feed(events.Tick())
 
     # ---- what tests ask ----
@@ -139,7 +140,8 @@ class Simulation:
     def _feed(self, event: events.Event) -> None:
         queue = deque([event])
         while queue:
-            for action in self.machine.handle(queue.popleft(), self.now):
+            news, self._news = self._news, []
+            for action in self.machine.handle(queue.popleft(), self.now, news):
                 self.log.append((self.now, action))
                 queue.extend(self._carry_out(action))
             self.machine.validate()
@@ -232,9 +234,11 @@ class Simulation:
         released, self._lease = self._lease, slot
         self.taken.append(draw)
         self._training_until = self.now + self._train_s
-        self._feed(events.Taken(ticket))
+        self._news.append(events.Taken(ticket))
         if released is not None:
-            self._feed(events.Released(released))
+            self._news.append(events.Released(released))
+        if self.machine.wants_slots:
+            self._feed(events.Tick())
         if failure is not None:
             self.taken.pop()
             self.raised, self.ended = failure, True

@@ -154,6 +154,7 @@ class World(RuleBasedStateMachine):
         self.raised: set[int] = set()  # tickets among them that are exceptions
         self.leased: set[int] = set()
         self.next_tickets = list(range(self.limits.lanes))  # of each lane
+        self.news: list[events.Taken | events.Released] = []  # that the machine has not heard yet
         self.turn = 0
         self.taken = 0
         self.not_before: dict[int, float] = {}  # ticket
@@ -172,13 +173,14 @@ class World(RuleBasedStateMachine):
     # ---- carrying out what the machine says ----
 
     def feed(self, event: events.Event) -> Sequence[events.Action]:
-        """What the pool does: an event, what it leads to, and what that causes at once."""
+        """What the pool does: an event and the news before it, what it leads to, and what that causes at once."""
         if self.now - self.asked <= ASLEEP_S:
             self.awake += self.now - self.asked
         self.asked = self.now
         queue, actions = deque([event]), []
         while queue:
-            answer = self.machine.handle(queue.popleft(), self.now)
+            news, self.news = self.news, []
+            answer = self.machine.handle(queue.popleft(), self.now, news)
             actions += answer
             for action in answer:
                 queue.extend(self.carry_out(action))
@@ -563,8 +565,14 @@ class World(RuleBasedStateMachine):
         late = data.draw(st.sampled_from(words))
         assert self.machine.handle(late, self.now) == [], "the dead change nothing"
 
-    @rule()
-    def the_consumer_takes(self) -> None:
+    def it_is_told(self, news: events.Taken | events.Released, *, at_once: bool) -> None:
+        if at_once:
+            self.feed(news)
+        else:  # with whatever happens next
+            self.news.append(news)
+
+    @rule(told_at_once=st.booleans())
+    def the_consumer_takes(self, told_at_once: bool = True) -> None:
         """Of each lane in turn."""
         ticket = self.next_tickets[self.turn]
         if ticket in self.delivered and len(self.leased) < self.limits.max_leases:
@@ -574,17 +582,17 @@ class World(RuleBasedStateMachine):
             self.next_tickets[self.turn] += self.limits.lanes
             self.turn = (self.turn + 1) % self.limits.lanes
             self.taken += 1
-            self.feed(events.Taken(ticket))
+            self.it_is_told(events.Taken(ticket), at_once=told_at_once)
             if ticket in self.raised and not self.ended:
                 self.ended = True
                 self.feed(events.Close(failed=True))
 
-    @rule(data=st.data())
-    def the_consumer_releases(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), told_at_once=st.booleans())
+    def the_consumer_releases(self, data: st.DataObject, told_at_once: bool) -> None:
         if self.leased:
             slot = data.draw(st.sampled_from(sorted(self.leased)))
             self.leased.remove(slot)
-            self.feed(events.Released(slot))
+            self.it_is_told(events.Released(slot), at_once=told_at_once)
 
     def leases_end(self) -> None:
         for slot in list(self.leased):
