@@ -177,6 +177,7 @@ class Machine:
     Attributes:
         state: whether the pool runs.
         restarts: workers started again after a death.
+        wants_slots: whether a slot that becomes free is given to somebody at once.
         blame: the book of failures; `blame.quarantined` are the cases that are not drawn.
     """
 
@@ -184,6 +185,7 @@ class Machine:
         self.limits = limits
         self.state = PoolState.RUNNING
         self.restarts = 0
+        self.wants_slots = False
         self.blame = Blame(limits.policy, quarantined, ordered=limits.own_lanes)
         self._strength = Strength(limits.strength)
         self._patience = Patience(limits.hang)
@@ -247,11 +249,6 @@ class Machine:
         """Whether the pool has ended and no worker is left."""
         return self.state is not PoolState.RUNNING and not self._crew.running
 
-    @property
-    def wants_slots(self) -> bool:
-        """Whether a slot that becomes free is given to somebody at once."""
-        return not all(lane.has_new for lane in self._lanes)
-
     def next_wake(self) -> float | None:
         """When a `Tick` will change something, on the caller's clock."""
         if self.state is not PoolState.RUNNING:
@@ -296,6 +293,7 @@ class Machine:
         if self.state is PoolState.RUNNING:
             self._note(self._strength.grow(now))
             self._start_workers(now)
+            self.wants_slots = False
             for lane in self._lanes:
                 self._assign_lost(lane, now)
                 self._assign_new(lane, now)
@@ -609,6 +607,7 @@ class Machine:
             if worker is None:
                 return
             self._give(worker, lane, lane.next_new(), now)
+        self.wants_slots = True
 
     def _room_at_work(self, now: float) -> int:
         """How many more may begin until the CPUs are busy. Who waits for something is noticed with a heartbeat."""

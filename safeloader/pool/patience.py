@@ -47,6 +47,7 @@ class Patience:
         self._took: deque[float] = deque(maxlen=_REMEMBERED)
         self._percentile_s = 0.0
         self._stale = 0
+        self._usual_s, self._first_s = self._allowed()
         self.typical_s = 0.0
 
     def took(self, seconds: float) -> None:
@@ -57,9 +58,13 @@ class Patience:
         if seconds > self._percentile_s or self._stale >= _REMEMBERED // 10:
             self._stale = 0
             self._percentile_s = sorted(self._took)[math.ceil(0.99 * len(self._took)) - 1]
+            self._usual_s, self._first_s = self._allowed()
 
     def allowed_s(self, *, first: bool) -> float:
         """How long a worker may make no progress; `first`: at its start and on its first batch."""
+        return self._first_s if first else self._usual_s
+
+    def _allowed(self) -> tuple[float, float]:
         limits = self._limits
-        usual = max(_LEAST_S, _FACTOR * self._percentile_s) if limits.fixed_s is None else limits.fixed_s
-        return min(limits.most_s, max(usual, limits.first_s) if first else usual)
+        usual_s = max(_LEAST_S, _FACTOR * self._percentile_s) if limits.fixed_s is None else limits.fixed_s
+        return min(limits.most_s, usual_s), min(limits.most_s, max(usual_s, limits.first_s))

@@ -90,9 +90,14 @@ class Slots:
     @property
     def room(self) -> int:
         """How many a new ticket may have now."""
+        most = self._limit + self.granted if self.granted and self._is_open else self._limit
+        return max(0, most - self._in_use)
+
+    @property
+    def _is_open(self) -> bool:
+        """Whether the reserve may be used now."""
         used_before = len(self._slots) > self._limit  # free slots are taken before another is made
-        opened = not self._failed and (used_before or self._held_up)
-        return max(0, self._limit + (self.granted if opened else 0) - self._in_use)
+        return not self._failed and (used_before or self._held_up)
 
     @property
     def _held_up(self) -> bool:
