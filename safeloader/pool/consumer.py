@@ -14,8 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from safeloader import killpoints
 from safeloader.pool import events
@@ -42,8 +41,7 @@ def _unrecorded(ticket: int) -> None:
     """Nobody wants to know."""
 
 
-@dataclass(frozen=True)
-class _ReadyBatch:
+class _ReadyBatch(NamedTuple):
     memory: memoryview
     """Leased: the slot is let go when it and all views on it are."""
     lease: Lease

@@ -38,6 +38,10 @@ class Slot:
     worker: int | None = None
     ticket: int | None = None
 
+    def becomes(self, state: SlotState, worker: int | None, ticket: int | None) -> None:
+        """It goes over into another state."""
+        self.state, self.worker, self.ticket = state, worker, ticket
+
 
 class Slots:
     """The slots of a lane; no id (`first`, `first` + `step`, …) is ever used again.
@@ -115,13 +119,14 @@ class Slots:
         if len(self._slots) >= self._most:
             return None
         slot_id, self._next = self._next, self._next + self._step
-        self.free(slot_id)
+        self._slots[slot_id] = Slot()
+        self._free[slot_id] = None
         return slot_id, True
 
     def fill(self, slot: int, worker: int, ticket: int) -> None:
         """FREE → FILLING."""
-        self._free.pop(slot)
-        self._slots[slot] = Slot(SlotState.FILLING, worker, ticket)
+        del self._free[slot]
+        self._slots[slot].becomes(SlotState.FILLING, worker, ticket)
 
     def failed(self, ticket: int) -> None:
         """The ticket must be made again, and may fail again."""
@@ -130,12 +135,12 @@ class Slots:
     def ready(self, slot: int, ticket: int) -> None:
         """FILLING → READY."""
         self._failed.discard(ticket)
-        self._slots[slot] = Slot(SlotState.READY, ticket=ticket)
+        self._slots[slot].becomes(SlotState.READY, None, ticket)
         self._ready[ticket] = slot
 
     def free(self, slot: int) -> None:
-        """FILLING or LEASED → FREE, or a new one."""
-        self._slots[slot] = Slot()
+        """FILLING or LEASED → FREE."""
+        self._slots[slot].becomes(SlotState.FREE, None, None)
         self._free[slot] = None
 
     def taken(self, ticket: int) -> None:
@@ -143,7 +148,7 @@ class Slots:
         slot = self._ready.get(ticket)
         if slot is not None:
             self._forget(self._slots[slot])
-            self._slots[slot] = Slot(SlotState.LEASED)
+            self._slots[slot].becomes(SlotState.LEASED, None, None)
 
     def released(self, slot: int) -> None:
         """LEASED → FREE; also READY → FREE: it was taken and let go so quickly that `taken` is still to come."""
