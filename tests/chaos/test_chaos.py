@@ -1,8 +1,8 @@
 """Everything at once: a real nnU-Net loader, two pools, faults of all kinds at random moments.
 
-Every batch must be, bit for bit, the one that a process without faults makes, each once, in order, within a bound. The
-seed is printed; `SAFELOADER_CHAOS_SEED` repeats it (as far as chance can be repeated: the machine has its own). The
-long run ends after 20,000 batches or 30 minutes:
+Every batch must be, bit for bit, the one that a process without faults makes, each once, in order, within a bound:
+with few workers, and with so many that most of them rest. The seed is printed; `SAFELOADER_CHAOS_SEED` repeats it (as
+far as chance can be repeated: the machine has its own). The long runs end after 20,000 batches or 30 minutes each:
 
     SAFELOADER_CHAOS_BATCHES=20000 SAFELOADER_CHAOS_MINUTES=30 pytest -m soak tests/chaos -s
 """
@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -46,6 +47,25 @@ SHORT: dict[str, Any] = {
     "grow_back_s": 1.0,
     "on_bad_case": "retry",
 }
+
+
+@dataclass(frozen=True)
+class Staff:
+    """How many workers train and validate, and when those without anything to do leave.
+
+    Attributes:
+        calm: the state of all of them once the rings are full.
+    """
+
+    train: int
+    val: int
+    rest_after_s: float
+    calm: str
+
+
+FEW = Staff(train=3, val=1, rest_after_s=20.0, calm="ready")
+CROWD = Staff(train=8, val=4, rest_after_s=0.3, calm="resting")
+"""More than two CPUs keep busy: most have nothing to do, leave, and come back when others are killed."""
 
 
 class StuckError(Exception):
@@ -84,17 +104,17 @@ def _within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def _settled(pools: list[SafeAugmenter]) -> dict[str, int]:
-    """What the process holds once all workers are there and have nothing to do."""
+def _settled(pools: list[SafeAugmenter], staff: Staff) -> dict[str, int]:
+    """What the process holds once all workers have nothing to do."""
 
     def quiet() -> bool:
         workers = [worker for pool in pools for worker in pool.workers()]
-        return all(worker.state == "ready" and worker.stage == "idle" for worker in workers) and all(
+        return all(worker.state == staff.calm and worker.stage == "idle" for worker in workers) and all(
             sum(in_use(pool).values()) >= pool.num_processes + 2 * pool.num_cached for pool in pools
         )
 
     gc.collect()
-    wait_until(quiet, timeout_s=60, what="all workers ready and idle")
+    wait_until(quiet, timeout_s=60, what=f"all workers {staff.calm} and idle")
     # The supervisor reads the kernel's counters now and then: a file that is open for a moment is in one count alone.
     wait_until(lambda: all(_held(pools) == _held(pools) for _ in range(3)), what="that no file is being read")
     return _held(pools)
@@ -102,18 +122,29 @@ def _settled(pools: list[SafeAugmenter]) -> dict[str, int]:
 
 def _held(pools: list[SafeAugmenter]) -> dict[str, int]:
     """Without the slots, of which a pool may have more or fewer: see `pool/slots.py`."""
-    process = psutil.Process()
     slots = sum(sum((pool.report().slots or {}).values()) for pool in pools)
     mapped = Counter(re.findall("memfd:safeloader-(slot)?", Path("/proc/self/maps").read_text()))
+    opened = _descriptors()
+    of_slots = sum("memfd:safeloader-slot" in each for each in opened)
     return {
-        "descriptors": process.num_fds() - slots,
-        "processes": len(process.children(recursive=True)),
+        "descriptors": len(opened) - of_slots,
+        "descriptors of slots that are gone": max(0, of_slots - 2 * slots),  # the mapping has one of its own
+        "processes": len(psutil.Process().children(recursive=True)),
         "mappings": mapped[""],
         "mappings of slots that are gone": max(0, mapped["slot"] - slots),
     }
 
 
-def _rage(tmp_path: Path, seed: int, *, batches: float, seconds: float) -> None:
+def _descriptors() -> list[str]:
+    """What this process has open."""
+    opened = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the folder itself, which is being read
+            opened.append(str(descriptor.readlink()))
+    return opened
+
+
+def _rage(tmp_path: Path, seed: int, staff: Staff, *, batches: float, seconds: float) -> None:
     print(f"\nchaos: SAFELOADER_CHAOS_SEED={seed}", flush=True)
     chance = random.Random(seed)
     folder, untouched = tmp_path / "preprocessed" / "fold", tmp_path / "untouched"
@@ -123,9 +154,11 @@ def _rage(tmp_path: Path, seed: int, *, batches: float, seconds: float) -> None:
     pools = [
         SafeAugmenter(
             make_loader(folder, orders), functools.partial(pack, orders), workers, 2,
-            seed=ROOT_SEED, stream=stream, name=name, start_method=method, **SHORT,
+            seed=ROOT_SEED, stream=stream, name=name, start_method=method, rest_after_s=staff.rest_after_s, **SHORT,
         )
-        for stream, (name, workers, method) in enumerate((("train", 3, "auto"), ("val", 1, val_method)))
+        for stream, (name, workers, method) in enumerate(
+            (("train", staff.train, "auto"), ("val", staff.val, val_method))
+        )
     ]  # fmt: skip
     tickets, waits, redone = [0, 0], [0.0], Counter[str]()
     havoc = Havoc(folder, orders, pools, random.Random(chance.getrandbits(32)))
@@ -143,7 +176,7 @@ def _rage(tmp_path: Path, seed: int, *, batches: float, seconds: float) -> None:
     try:
         for which in (0, 1):
             check(which)
-        before = _settled(pools)
+        before = _settled(pools, staff)
         until = time.monotonic() + seconds
         with havoc.raging():
             havoc.let_raise(True)
@@ -164,8 +197,8 @@ def _rage(tmp_path: Path, seed: int, *, batches: float, seconds: float) -> None:
             for _ in range(10):
                 check(which)
         with contextlib.suppress(TimeoutError):  # what stays is seen below
-            wait_until(lambda: _settled(pools) == before)
-        after = _settled(pools)
+            wait_until(lambda: _settled(pools, staff) == before)
+        after = _settled(pools, staff)
         reports = [pool.report() for pool in pools]
         assert [report.batches for report in reports] == tickets
         assert [report.quarantined for report in reports] == [(), ()]
@@ -196,15 +229,18 @@ def _tell(seed: int, havoc: Havoc, pools: list[SafeAugmenter], tickets: list[int
     print("\n".join(said), file=sys.stderr, flush=True)
 
 
-def test_everything_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("staff", "share"), [(FEW, 0.6), (CROWD, 0.4)], ids=["few", "crowd"])
+def test_everything_at_once(tmp_path: Path, staff: Staff, share: float) -> None:
     seed = int(os.environ.get("SAFELOADER_CHAOS_SEED", "3"))
-    _rage(tmp_path, seed, batches=float("inf"), seconds=float(os.environ.get("SAFELOADER_CHAOS_SECONDS", "30")))
+    seconds = share * float(os.environ.get("SAFELOADER_CHAOS_SECONDS", "40"))
+    _rage(tmp_path, seed, staff, batches=float("inf"), seconds=seconds)
 
 
 @pytest.mark.soak
-def test_everything_at_once_for_long(tmp_path: Path) -> None:
+@pytest.mark.parametrize("staff", [FEW, CROWD], ids=["few", "crowd"])
+def test_everything_at_once_for_long(tmp_path: Path, staff: Staff) -> None:
     faulthandler.cancel_dump_traceback_later()  # pytest's limit for a test; here each batch has one
     seed = int(os.environ.get("SAFELOADER_CHAOS_SEED", random.SystemRandom().getrandbits(31)))
     minutes = float(os.environ.get("SAFELOADER_CHAOS_MINUTES", "30"))
     batches = int(os.environ.get("SAFELOADER_CHAOS_BATCHES", "20000"))
-    _rage(tmp_path, seed, batches=batches, seconds=60 * minutes)
+    _rage(tmp_path, seed, staff, batches=batches, seconds=60 * minutes)
