@@ -201,10 +201,10 @@ class Pool:
         with self.lock:
             if life.buried:  # by what the same turn has heard before
                 return
-            message = self._hear(life)  # what follows keeps the socket readable
+            said = self._hear(life) or ()  # what follows keeps the socket readable
             if life.silent:
                 self._the_host.unwatch(life)
-            self.step(*([] if message is None else self._understood(life, message)))
+            self.step(*said)
 
     def on_gone(
         self,
@@ -226,8 +226,8 @@ class Pool:
             if life is None:
                 return
             said: list[events.Event] = []
-            while (message := self._hear(life)) is not None:
-                said += self._understood(life, message)
+            while (more := self._hear(life)) is not None:
+                said += more
             life.exit, life.words = how, words or life.words
             self.step(*said, self._exited(life, proven=proven, counts=counts, cause=cause))
 
@@ -482,13 +482,14 @@ class Pool:
             for at in range(0, len(names), _AVOID_AT_ONCE):
                 life.channel.send(wire.Avoid(tuple(names[at : at + _AVOID_AT_ONCE])))
 
-    def _hear(self, life: Life) -> wire.Message | None:
-        """The next thing that the worker has said since, or None."""
+    def _hear(self, life: Life) -> list[events.Event] | None:
+        """What follows from the next thing that the worker has said; None if it has said nothing since."""
         try:
-            return None if life.silent else life.channel.hear()
+            message = None if life.silent else life.channel.hear()
         except wire.ChannelClosedError:
             life.silent = True
             return None
+        return None if message is None else self._understood(life, message)
 
     def _understood(self, life: Life, message: wire.Message) -> list[events.Event]:
         match message:
