@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,42 @@ def test_ten_thousand_batches_with_a_kill_every_fifty(workers: int, undisturbed:
         assert {seen[number] for seen in resources[:10]} & {seen[number] for seen in resources[-10:]}, what
     first, last = (sorted(seen[2] for seen in part)[5] for part in (resources[:10], resources[-10:]))
     assert last - first < 16, f"resident memory grew from {first:.0f} to {last:.0f} MiB"
+
+
+@pytest.fixture
+def without_log() -> Iterator[None]:
+    """pytest would keep every line."""
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("without_log")
+def test_as_many_batches_as_a_thousand_epochs_of_nnunet_take() -> None:
+    """250 of training and 50 of validation in each, a kill about every 500: nothing grows in the trainer."""
+    shape = (1, 1, 2, 2, 2)
+    reference, own_mib = RandomLoader(shape), []
+    with (
+        SafeAugmenter(RandomLoader(shape), None, 3, 3, seed=SEED, name="train") as train,
+        SafeAugmenter(RandomLoader(shape), None, 2, 3, seed=SEED, stream=1, name="val") as val,
+    ):
+        killers = Killer(train, seed=1), Killer(val, seed=2)
+        for epoch in range(1000):
+            for stream, (augmenter, batches) in enumerate(((train, 250), (val, 50))):
+                for ticket in range(epoch * batches, (epoch + 1) * batches):
+                    killers[stream].maybe(every=500)
+                    batch = next(augmenter)
+                    seed_everything(SEED, stream, ticket)
+                    assert _digest(batch) == _digest(next(reference)), f"ticket {ticket} of stream {stream}"
+            if epoch % 100 == 99:
+                own_mib.append(psutil.Process().memory_full_info().uss / _MIB)
+        reports = train.report(), val.report()
+    kills = sum(len(killer.kills) for killer in killers)
+    print(f"{kills} kills, the trainer's own memory after each 100 epochs: {[f'{mib:.1f}' for mib in own_mib]} MiB")
+    assert [report.batches for report in reports] == [250_000, 50_000]
+    assert kills > 300
+    assert max(own_mib[1:]) - own_mib[0] < 2, "memory grew"
 
 
 def _epochs(size: int, seeds: list[int], epochs: int) -> list[list[Any]]:
