@@ -42,7 +42,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -170,7 +170,7 @@ class Pinning:
             ended = tuple(loan for loan in self._loans.values() if loan() is None and not loan.fenced)
             if ended:
                 self._fence(ended)
-            elif self._unused():
+            elif self._unused(self._registered):
                 self._post(None)
 
     # ---- any thread ----
@@ -216,7 +216,7 @@ class Pinning:
             del self._registered[id(mapping)]
             self._give_up(f"{len(mapping) >> 20} MiB of memory can't be registered: {error}")
             return False
-        self._ensure_thread()
+        self._post(None)  # the slot's mapping before it, if it has grown
         return True
 
     def _driver_now(self) -> Driver | None:
@@ -258,9 +258,11 @@ class Pinning:
             return
         self._thread = thread
 
-    def _unused(self) -> list[int]:
-        lent = {loan.mapping for loan in self._loans.values()}
-        return [key for key, known in self._registered.items() if known.closed and key not in lent]
+    def _unused(self, mappings: Iterable[int]) -> list[int]:
+        """Which of these are closed, and not lent."""
+        closed = [key for key in mappings if (known := self._registered.get(key)) is not None and known.closed]
+        lent = {loan.mapping for loan in self._loans.values()} if closed else ()
+        return [key for key in closed if key not in lent]
 
     # ---- below: its own thread ----
 
@@ -269,9 +271,11 @@ class Pinning:
             pass
 
     def _work_off(self, message: _Fence | None) -> bool:
-        if message is not None:
+        if message is None:
+            self._unregister_unused(self._registered)
+        else:
             self._settle(message)
-        self._unregister_unused()
+            self._unregister_unused({loan.mapping for loan in message.loans})
         with self._books:
             done = self._exiting or all(known.closed for known in self._registered.values())
             if done and not self.pending:
@@ -299,9 +303,9 @@ class Pinning:
         if broken:  # last: the log may stall
             self._give_up(f"waiting for the GPU failed: {broken}")
 
-    def _unregister_unused(self) -> None:
+    def _unregister_unused(self, mappings: Iterable[int]) -> None:
         with self._books:
-            gone = [self._registered.pop(key) for key in self._unused()]
+            gone = [self._registered.pop(key) for key in self._unused(mappings)]
         for known in gone:
             assert self._driver is not None, "it has registered this"
             try:

@@ -251,9 +251,24 @@ def test_a_slot_that_has_grown_is_registered_anew(ring: Ring) -> None:
     batch = ring.take()
     assert ring.cuda.is_pinned(batch["data"])
     assert len(ring.cuda.registered) == 2
-    ring.pinning.fence()
     ring.settle()
     assert len(ring.cuda.registered) == 1 and ring.cuda.registered != before
+
+
+def test_a_slot_that_has_grown_gives_its_old_mapping_back_while_others_come_and_go(ring: Ring) -> None:
+    for _ in range(2):
+        ring.fill(SMALL)
+    first, second = ring.take(), ring.take()
+    del first
+    ring.pinning.fence()
+    ring.settle()
+    ring.fill(LARGE)
+    del second  # so the next fence is for this one's slot
+    batch = ring.take()
+    assert ring.cuda.is_pinned(batch["data"])
+    assert len(ring.cuda.registered) == 3
+    ring.settle()
+    assert len(ring.cuda.registered) == 2
 
 
 def test_what_is_held_at_the_end_stays_registered_until_it_is_let_go(ring: Ring) -> None:
