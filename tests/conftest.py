@@ -20,6 +20,7 @@ from safeloader.pool.consumer import Consumer
 from safeloader.pool.supervisor import Supervisor
 from safeloader.testing import wait_until
 from tests.loaders import RandomLoader
+from tests.processes import open_files
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background of a script: what the tests start would ignore Ctrl-C as well.
@@ -31,13 +32,7 @@ def _children() -> set[int]:
 
 
 def _descriptors() -> Counter[str]:
-    links: Counter[str] = Counter()
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            links[os.readlink(f"/proc/self/fd/{fd}").partition(":[")[0]] += 1
-        except FileNotFoundError:  # the descriptor of this listing itself
-            continue
-    return links
+    return Counter(file.partition(":[")[0] for file in open_files())
 
 
 def _mappings() -> Counter[str]:

@@ -1,8 +1,9 @@
-"""Asking processes that may end, and be waited for by their parents, between two questions."""
+"""Asking processes that may end, and be waited for by their parents, between two questions; what our own has open."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 
 import psutil
 
@@ -22,3 +23,12 @@ def children(name: str = "", *, recursive: bool = False) -> list[psutil.Process]
             if child.name().startswith(name):
                 found.append(child)
     return found
+
+
+def open_files() -> list[str]:
+    """What this process has open: where each of its descriptors leads."""
+    leads_to = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # the descriptor of this listing itself
+            leads_to.append(os.readlink(f"/proc/self/fd/{fd}"))
+    return leads_to

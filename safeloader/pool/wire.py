@@ -312,9 +312,7 @@ class Channel:
         """
         try:
             # Not socket.recv_fds: it ignores its flags.
-            packet, ancillary, outcome, _ = self._sock.recvmsg(
-                MAX_PACKET_NBYTES, _FDS_NBYTES, int(socket.MSG_CMSG_CLOEXEC)
-            )
+            packet, ancillary, outcome, _ = self._sock.recvmsg(MAX_PACKET_NBYTES, _FDS_NBYTES, socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError as error:
             raise ChannelClosedError from error
         fds = array.array("i")

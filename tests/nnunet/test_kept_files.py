@@ -15,6 +15,7 @@ import pytest
 
 from safeloader.nnunet.workspace import Workspace
 from safeloader.pool.kept import KeptCases, keeping_files_open
+from tests.processes import open_files
 
 
 @pytest.fixture
@@ -33,9 +34,7 @@ def dataset(folder: Path) -> Iterator[Any]:
 
 def _open_files(folder: Path) -> list[str]:
     gc.collect()  # a traceback is part of a cycle, and holds the files that were open
-    fds = [os.path.join("/proc/self/fd", fd) for fd in os.listdir("/proc/self/fd")]
-    targets = [os.readlink(fd) for fd in fds if os.path.islink(fd)]
-    return sorted(os.path.basename(target) for target in targets if target.startswith(str(folder)))
+    return sorted(os.path.basename(file) for file in open_files() if file.startswith(str(folder)))
 
 
 def _contents(case: tuple[Any, Any, Any, Any]) -> tuple[bytes, bytes, Any, str]:
